@@ -1,0 +1,1518 @@
+"""I²B-LPO: Latent Policy Optimization via Iterative Information Bottleneck (arXiv 2601.05870), in one file.
+
+    python iiblpo.py                                         # a tiny policy on a laptop: warm start, RL, before/after
+    python iiblpo.py --method dapo --seed 1 --max_steps 50   # any field of `Config` is a flag
+    python iiblpo.py --model Qwen2.5-0.5B --dataset gsm8k    # the same code on a real model and one GPU
+
+Marks in the comments: [P] the paper, [C] the authors' released code, [O] our own choice.
+Shapes: B batch, T response tokens, S prompt and response tokens, V vocabulary, H hidden width. Entropies are in nats.
+"""
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal, Optional
+
+import sympy
+import torch
+import yaml
+from datasets import disable_progress_bars, load_dataset
+from tokenizers import Tokenizer, decoders, models
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+disable_progress_bars()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration. The defaults are for a real model; tiny_config.yaml holds what the tiny task does differently.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    # the run
+    model: str = HfArg(default="tiny", help="hub name, short name (Qwen2.5-0.5B) or local folder; tiny: the tiny policy")
+    config: Optional[str] = HfArg(default=None, help="YAML file of these fields; flags win (tiny: tiny_config.yaml)")
+    method: Literal["iiblpo", "grpo", "dapo", "entropy_reg"] = HfArg(default="iiblpo", help="the method, or a baseline")
+    max_steps: int = HfArg(default=200, help="RL steps, one batch of prompts each")
+    seed: int = HfArg(default=0, help="of problems, sampling and training; the warm start is the same for every seed")
+    out: Optional[str] = HfArg(default=None, help="output folder (default: the next free runs/METHOD-SEED-N)")
+    resume: bool = HfArg(default=False, help="go on from OUT/state.pt")
+    save_every: int = HfArg(default=50, help="steps between checkpoints")
+    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: cuda where there is one")
+    # problems
+    dataset: str = HfArg(default="gsm8k", help="gsm8k, math, chain (the tiny task), or a .jsonl, .json or .parquet file")
+    question_column: str = HfArg(default="question", help="of a local file")
+    answer_column: str = HfArg(default="answer", help="of a local file; a worked solution is cut to its final answer")
+    prompt: str = HfArg(default="{question}\nReason step by step and put your final answer within \\boxed{}.",
+                        help="what the policy is asked; {question} is replaced")
+    operands: list[int] = field(default_factory=lambda: [4, 7], metadata={"help": "chain: fewest and most digits"})
+    warm_steps: int = HfArg(default=1000, help="tiny policy: supervised steps before RL")
+    warm_batch: int = HfArg(default=128, help="tiny policy: demonstrations a warm-start step")
+    # rollout
+    prompts_per_step: int = HfArg(default=16, help="prompts a step")
+    rollouts: int = HfArg(default=8, help="responses a prompt")
+    max_new_tokens: int = HfArg(default=1024, help="longest response")
+    generate_tokens: int = HfArg(default=131072, help="tokens (rows x longest) sampled in one generate call")
+    # stage 1: branching
+    initial: int = HfArg(default=2, help="M: rollouts a prompt before branching")
+    branches: int = HfArg(default=3, help="K: branches of each rollout")
+    branch_mode: Literal["psa", "random", "input", "softmax"] = HfArg(
+        default="psa", help="how the latent steers: pseudo self-attention, not at all, first input, before the logits")
+    top_frac: float = HfArg(default=0.05, help="rho: share of a response's tokens, by entropy, that may be branched at")
+    psa_layers: str = HfArg(default="4", help="how many of the last layers are steered, or all")
+    psa_gamma: float = HfArg(default=1.0, help="gamma: strength of the latent at the start")
+    psa_decay: Literal["linear", "cosine"] = HfArg(default="linear", help="how gamma goes to 0 ...")
+    psa_decay_steps: int = HfArg(default=200, help="... over this many steps; 0: it stays")
+    psa_halflife: float = HfArg(default=0.0, help="tokens in which the norm's modulation is halved; 0: it stays")
+    psa_lr: float = HfArg(default=0.5, help="learning rate of the latent's projections, in units of lr")
+    z_dim: int = HfArg(default=128, help="dimensions of the latent")
+    cvae_pairs: int = HfArg(default=512, help="responses that the latents' CVAE is trained on")
+    cvae_steps: int = HfArg(default=500, help="its training steps")
+    cvae_refresh: int = HfArg(default=0, help="train it again every so many RL steps, on correct rollouts; 0: frozen")
+    # stage 2: information bottleneck
+    keep: Optional[int] = HfArg(default=None, help="N: branches kept of a prompt (default: half)")
+    beta: float = HfArg(default=1.0, help="beta: weight of the answer gain against the entropy in S_IB")
+    filter_scope: Literal["branches", "all"] = HfArg(default="branches", help="all: initial rollouts can be dropped, too")
+    baseline: Literal["candidates", "kept"] = HfArg(default="candidates", help="whose rewards the advantage is relative to")
+    ib_rounds: int = HfArg(default=1, help="times stage 1 and 2 are gone through, from the survivors")
+    kappa: float = HfArg(default=0.005, help="weight of the IB self-reward in the loss")
+    ib_reward: float = HfArg(default=0.0, help="alpha: weight of the z-scored S_IB in the reward")
+    answer_cue: str = HfArg(default="\\boxed{", help="what a final answer is announced by")
+    # update
+    lr: float = HfArg(default=1e-6, help="AdamW learning rate")
+    lr_warmup: int = HfArg(default=5, help="steps of linear learning-rate warm-up")
+    updates_per_step: int = HfArg(default=1, help="optimizer steps a batch; above 1 the clip below comes into play")
+    clip_low: float = HfArg(default=0.2, help="the ratio is clipped to [1 - clip_low, 1 + clip_high]")
+    clip_high: Optional[float] = HfArg(default=None, help="default: 0.28 for dapo (clip-higher), else clip_low")
+    loss_mean: Literal["token", "sequence"] = HfArg(default="token", help="mean over all tokens (DAPO), or per response")
+    kl: float = HfArg(default=0.0, help="weight of the k3 KL to the frozen starting policy")
+    entropy_bonus: Optional[float] = HfArg(default=None, help="default: 0.003 for entropy_reg, else 0")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
+    micro_tokens: int = HfArg(default=16384, help="tokens (rows x longest) in one forward and backward pass")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    # evaluation
+    eval_prompts: int = HfArg(default=256, help="held-out problems")
+    eval_samples: int = HfArg(default=16, help="responses a problem: the n of avg@n, the k of pass@k and maj@k")
+
+    def __post_init__(self):
+        """Fill the defaults that depend on the method, and refuse settings that contradict each other."""
+        if self.clip_high is None:
+            self.clip_high = 0.28 if self.method == "dapo" else self.clip_low
+        if self.entropy_bonus is None:
+            self.entropy_bonus = 0.003 if self.method == "entropy_reg" else 0.0
+        for name in ("max_steps", "save_every", "prompts_per_step", "rollouts", "max_new_tokens", "generate_tokens",
+                     "updates_per_step", "micro_tokens", "eval_prompts", "eval_samples", "warm_steps", "warm_batch", "initial",
+                     "branches", "ib_rounds", "z_dim", "cvae_steps"):
+            if getattr(self, name) < 1:
+                fail(f"{name} must be at least 1, not {getattr(self, name)}")
+        if len(self.operands) != 2 or not 2 <= self.operands[0] <= self.operands[1]:
+            fail(f"operands must be two numbers, 2 <= fewest <= most, not {self.operands}")
+        self.keep = math.ceil(self.initial * self.branches / 2) if self.keep is None else self.keep
+        candidates = self.initial * (self.branches + (self.filter_scope == "all"))
+        if not 1 <= self.keep <= candidates:
+            fail(f"keep must be from 1 to the {candidates} candidates of a prompt, not {self.keep}")
+        if not 0 < self.top_frac <= 1:
+            fail(f"top_frac must be above 0 and at most 1, not {self.top_frac}")
+        if self.psa_layers != "all" and not (self.psa_layers.isdigit() and int(self.psa_layers)):
+            fail(f"psa_layers must be a number or all, not {self.psa_layers}")
+        if "{question}" not in self.prompt:
+            fail("prompt must contain {question}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            fail("device is cuda, but torch sees no CUDA GPU; use --device cpu")
+
+
+def fail(message: str):
+    """End the program with one clear line on stderr and exit code 2: for mistakes that the user can mend."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_config(cls: type, script: str, argv: list[str] | None = None):
+    """Read a `cls` from flags over a YAML file over the dataclass's defaults.
+
+    The file's sections `common` and `script` ("iiblpo", "ib_tpo") hold the fields; a flat file works too. Its values
+    are turned into flags and go through the same parser, so that a wrong type reads the same from both.
+    """
+    parser = HfArgumentParser(cls, allow_abbrev=False, description=sys.modules[cls.__module__].__doc__)
+    parser.formatter_class = type(parser.formatter_class.__name__, (parser.formatter_class,),
+                                  {"_fill_text": lambda self, text, width, indent: text})  # keep the docstring's lines
+    parser.error = fail
+    names = [f.name for f in fields(cls)]
+
+    def unknown(key):
+        near = difflib.get_close_matches(key.split("=")[0].lstrip("-"), names, n=1, cutoff=0)
+        fail(f"unknown setting {key}" + (f"; did you mean {near[0]}?" if near else ""))
+
+    def parse(arguments):
+        config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if rest:
+            unknown(rest[0])
+        return config
+
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = parse(argv)
+    path = first.config or (Path(__file__).with_name("tiny_config.yaml") if first.model == "tiny" else None)
+    if path is None:
+        return first
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        fail(f"cannot read the configuration {path}: {' '.join(str(e).split())}")
+    if not isinstance(content, dict):
+        fail(f"{path} must hold `name: value` lines")
+    values = {k: v for k, v in content.items() if k not in ("common", "iiblpo", "ib_tpo")}
+    for section in ("common", script):
+        if not isinstance(content.get(section) or {}, dict):
+            fail(f"{path}: the section {section} must hold `name: value` lines")
+        values |= content.get(section) or {}
+    flags = []
+    for key, value in values.items():
+        if key not in names:
+            unknown(str(key))
+        if value is not None:
+            flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return parse(flags + argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems: the tiny task, and real data sets.
+# ---------------------------------------------------------------------------------------------------------------------
+# Chain arithmetic modulo 10. The prompt is "3+4*2=\n"; a response rewrites the expression one reduction a line and ends
+# with the answer: "3+8\n1\n#1". The demonstrations' arithmetic is right, but their order is random, precedence ignored:
+# a warm-started policy knows the arithmetic, and its uncertain tokens are the forks "which operator now?". Most problems
+# have several right orders and many wrong ones; only the reward tells them apart.
+
+DIGIT = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: (a * b) % 10}
+
+
+def reduce_at(terms: list, i: int) -> list:
+    """Replace the operator at index i and its two digits by their result: ([3, "+", 4, "*", 2], 3) -> [3, "+", 8]."""
+    return terms[:i - 1] + [DIGIT[terms[i]](terms[i - 1], terms[i + 1])] + terms[i + 2:]
+
+
+def parse_chain(question: str) -> list:
+    """"3+4*2=" -> [3, "+", 4, "*", 2]."""
+    return [int(c) if c.isdigit() else c for c in question.rstrip("=\n")]
+
+
+def chain_value(question: str) -> int:
+    """The value by ordinary precedence, modulo 10: "3+4*2=" -> 1."""
+    terms = parse_chain(question)
+    while len(terms) > 1:
+        terms = reduce_at(terms, terms.index("*") if "*" in terms else 1)
+    return terms[0]
+
+
+def demonstration(question: str, rng: random.Random) -> str:
+    """A response whose every line reduces a randomly chosen operator: "3+4*2=" -> "7*2\\n4\\n#4" or "3+8\\n1\\n#1"."""
+    terms, lines = parse_chain(question), []
+    while len(terms) > 1:
+        terms = reduce_at(terms, 2 * rng.randrange(len(terms) // 2) + 1)
+        lines.append("".join(map(str, terms)))
+    return "\n".join(lines) + f"\n#{terms[0]}"
+
+
+def is_heldout(question: str) -> bool:
+    """One expression in sixteen, by its checksum, belongs to the evaluation and is met nowhere else."""
+    return zlib.crc32(question.encode()) % 16 == 0
+
+
+def chain_questions(rng: random.Random, operands: list[int], heldout: bool, n: int) -> list[str]:
+    """n different questions of one side of the held-out split, the number of digits uniform in `operands`."""
+    found = {}
+    while len(found) < n:
+        count = rng.randint(*operands)
+        text = str(rng.randrange(10)) + "".join(rng.choice("+-*") + str(rng.randrange(10)) for _ in range(count - 1)) + "="
+        if is_heldout(text) == heldout:
+            found[text] = None
+    return list(found)
+
+
+# name -> hub path, configuration, training split, test split, question column, answer column
+DATASETS = {"gsm8k": ("openai/gsm8k", "main", "train", "test", "question", "answer"),
+            "math": ("DigitalLearningGmbH/MATH-lighteval", None, "train", "test", "problem", "solution")}
+
+
+def load_problems(config) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The problems to train on and the `eval_prompts` held-out ones, as (question, gold answer) pairs.
+
+    A local file has no test split: its last rows (never more than half) are held out. No question stands on both sides.
+    Fails with one line where the data cannot be loaded, lacks a column, is empty, or has a row without an answer.
+    """
+    n = config.eval_prompts
+    if config.dataset == "chain":
+        train = chain_questions(random.Random(config.seed), config.operands, False, 4096)
+        heldout = chain_questions(random.Random(2 ** 31), config.operands, True, n)  # the same for every seed
+        train, heldout = ([(q, str(chain_value(q))) for q in side] for side in (train, heldout))
+    else:
+        suffix = Path(config.dataset).suffix
+        try:
+            if config.dataset in DATASETS:
+                path, name, *splits, question, answer = DATASETS[config.dataset]
+                train, heldout = (load_dataset(path, name, split=s) for s in splits)
+            elif suffix in (".jsonl", ".json", ".parquet"):
+                question, answer = config.question_column, config.answer_column
+                if not Path(config.dataset).is_file():
+                    fail(f"no such file: {config.dataset}")
+                train, heldout = load_dataset(suffix.strip(".").replace("jsonl", "json"), data_files=config.dataset,
+                                              split="train"), None
+            else:
+                near = difflib.get_close_matches(config.dataset, [*DATASETS, "chain"], n=1, cutoff=0.5)
+                fail(f"unknown dataset {config.dataset}" + (f"; did you mean {near[0]}?" if near else "")
+                     + " (gsm8k, math, chain, or a .jsonl, .json or .parquet file)")
+        except Exception as e:  # whatever a hub, a network or a parser raises, the user gets one line
+            fail(f"cannot load the dataset {config.dataset}: {' '.join(str(e).split())[:300] or type(e).__name__}")
+        train = read_rows(train, question, answer, config.dataset)
+        n = min(n, len(train) // 2) if heldout is None else n
+        train, heldout = (train[:-n], train[-n:]) if heldout is None else (
+            train, read_rows(heldout, question, answer, config.dataset)[:n])
+    taken = {q for q, _ in heldout}
+    train = [row for row in train if row[0] not in taken]
+    if not train or not heldout:
+        fail(f"the dataset {config.dataset} has too few different problems to train on and to hold out")
+    return train, heldout
+
+
+def read_rows(rows, question: str, answer: str, name: str) -> list[tuple[str, str]]:
+    """(question, final answer) pairs of a `datasets` table, duplicates dropped; fails where a column or answer is missing."""
+    for column in (question, answer):
+        if column not in rows.column_names:
+            fail(f"{name} has no column {column!r}, only {', '.join(rows.column_names)}; name them by "
+                 "--question_column and --answer_column")
+    pairs = {}
+    for i, (q, a) in enumerate(zip(rows[question], rows[answer])):
+        q, a = ("" if x is None else str(x).strip() for x in (q, a))
+        if not q or not a:
+            fail(f"{name}: row {i + 1} has no {question if not q else answer}")
+        pairs.setdefault(q, extract_answer(a) or a)
+    return list(pairs.items())
+
+
+def encode_prompt(tokenizer, question: str, config) -> list[int]:
+    """The prompt's token ids: the `prompt` template, inside the tokenizer's chat template where it has one."""
+    text = config.prompt.replace("{question}", question)
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(text).input_ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verifiable reward. A response is untrusted text: it is rewritten to plain arithmetic, parsed by `ast` without being
+# evaluated, and walked over a whitelist of nodes into sympy objects whose size is bounded. [O]
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def extract_answer(text: str) -> str | None:
+    """The last \\boxed{...} (braces may nest), else what follows the last "####" or "#" on its line, else None.
+
+    >>> extract_answer("so \\\\boxed{\\\\frac{1}{2}}."), extract_answer("3+8\\n1\\n#1"), extract_answer("no idea")
+    ('\\\\frac{1}{2}', '1', None)
+    """
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for i in range(start + 6, len(text)):
+            depth += (text[i] == "{") - (text[i] == "}")
+            if depth == 0:
+                return text[start + 7:i].strip()
+    marked = re.findall(r"####[^\S\n]*([^\s#].*)", text) or re.findall(r"#[^\S\n]*([^\s#].*)", text)
+    return marked[-1].strip() if marked else None
+
+
+SPELLINGS = [  # LaTeX and typography to plain text, in this order
+    (r"\\(?:left|right|displaystyle|[!,;: ]|quad)(?![A-Za-z])|\\[()\[\]]|\\?\$|~|\s+$|^\s+", " "), (r"\\[dtc]frac", r"\\frac"),
+    ("−|–", "-"), (r"×|·|\\times|\\cdot", "*"), (r"÷|\\div", "/"), ("π|\\\\pi(?![A-Za-z])", " pi "), ("²", "^2"), ("³", "^3"),
+    (r"\\infty|∞", " oo "), (r"\^\s*\{?\s*\\circ\s*\}?|°", ""), (r"\\%", "%"), (r"√\s*(\d+)", r"\\sqrt{\1}"),
+    (r"(?<=[\d)}])\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?", ""), (r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"), (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"(\d)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1 \2/\3"), (r"(?<![\d.])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"),
+    (r"^\s*[A-Za-z]\s*(?:=|\\in)(?!=)", ""), (r"(\d)\s+(?!pi|oo)[A-Za-z]{2,}[A-Za-z .^/23]*$", r"\1"), (r"\.\s*$", "")]
+
+
+def normalize(text: str) -> str:
+    """One spelling for what is written in many: "\\dfrac{1}{2}\\text{ cm}" -> "\\frac{1}{2}"."""
+    for pattern, replacement in SPELLINGS:
+        text = re.sub(pattern, replacement, text)
+    return " ".join(text.split())
+
+
+def to_arithmetic(text: str) -> str:
+    """Normalised LaTeX as a Python expression of numbers, one-letter names, pi, oo, sqrt and + - * / ** ( ).
+
+    Raises ValueError for anything else, words among it ("listen" must not equal "silent").
+    """
+    if re.fullmatch(r"[-+(]*\d{1,3}(,\d{3})+(\.\d+)?", text):
+        text = text.replace(",", "")
+    for _ in range(20):  # innermost braces first
+        before = text
+        text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
+        text = re.sub(r"\\sqrt\s*\[(\d)\]\s*\{([^{}]*)\}", r"((\2)^(1/\1))", text)
+        text = re.sub(r"\\sqrt\s*\{([^{}]*)\}", r"(sqrt(\1))", text)
+        text = re.sub(r"\^\s*\{([^{}]*)\}", r"^(\1)", text)
+        if text == before:
+            break
+    if re.search("[A-Za-z]{3}|[^-+*/^().0-9A-Za-z ]", text.replace("sqrt", " ")):
+        raise ValueError(text)
+    out = []
+    for token in re.findall(r"\d+(?:\.\d*)?|\.\d+|sqrt|pi|oo|[A-Za-z]|\*\*|[-+*/^().]", text):
+        if out and out[-1] not in ("+", "-", "*", "/", "**", "(", "sqrt") and token not in ("+", "-", "*", "/", "^", "**", ")"):
+            out.append("*")  # 2x, 3(x+1), 2 pi: an operator is implied
+        if token[0].isdigit() or token[0] == ".":  # decimals as exact fractions
+            whole, _, decimals = token.partition(".")
+            token = f"({int(whole + decimals or 0)}/{10 ** len(decimals)})" if decimals else str(int(whole or 0))
+        out.append("**" if token == "^" else token)
+    return "".join(out)
+
+
+def to_sympy(node: ast.AST):
+    """Walk a parsed expression into sympy objects; raises ValueError outside the whitelist and its bounds."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return sympy.Integer(node.value)
+    if isinstance(node, ast.Name):
+        return sympy.pi if node.id == "pi" else sympy.Symbol(node.id, positive=True)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = to_sympy(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "sqrt" and len(node.args) == 1:
+        return power(to_sympy(node.args[0]), sympy.Rational(1, 2))
+    if isinstance(node, ast.BinOp):
+        a, b = to_sympy(node.left), to_sympy(node.right)
+        if isinstance(node.op, (ast.Add, ast.Sub, ast.Mult)):
+            return a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b
+        if isinstance(node.op, ast.Div) and b != 0:
+            return a / b
+        if isinstance(node.op, ast.Pow):
+            return power(a, b)
+    raise ValueError(type(node).__name__)
+
+
+def power(base, exponent):
+    """base ** exponent where the result stays small: no tower of powers, no exponent or number of digits above 200."""
+    if exponent.has(sympy.Pow) or base == 0 and not exponent.is_positive:
+        raise ValueError("exponent")
+    if exponent.is_number and (abs(exponent) > 200 or base.is_Rational
+                               and abs(exponent) * max(abs(base.p), base.q).bit_length() > 700):
+        raise ValueError("too large")
+    if exponent.is_Rational and exponent.q > 1 and base.is_Rational and max(abs(base.p), base.q) > 10 ** 12:
+        raise ValueError("too large a radicand")  # sympy would factor it
+    return base ** exponent
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_math(text: str):
+    """The sympy value of a normalised answer, or None where it has none within the bounds."""
+    depth = max((text[:i].count("(") + text[:i].count("{") for i in range(len(text))), default=0)
+    if len(text) > 200 or depth > 30 or re.search(r"\d{100}", text):
+        return None
+    try:
+        return to_sympy(ast.parse(to_arithmetic(text), mode="eval").body)
+    except (ValueError, SyntaxError, ArithmeticError, TypeError, AttributeError, RecursionError, MemoryError):
+        return None
+
+
+def same_value(a: str, b: str) -> bool:
+    """Equal as mathematical values, symbols being tried at three points (with 25 digits, chance equality is out)."""
+    x, y = parse_math(a), parse_math(b)
+    if x is None or y is None:
+        return False
+    if x.is_Rational and y.is_Rational:
+        return x == y
+    symbols = sorted(x.free_symbols | y.free_symbols, key=str)
+    for point in (1, 2, 3) if symbols else (1,):
+        at = {s: sympy.Float(f"0.{point}7{i}3", 30) + point for i, s in enumerate(symbols, 1)}
+        p, q = (sympy.N(v.subs(at), 25, maxn=60) for v in (x, y))
+        if not (p.is_number and q.is_number and p.is_finite and q.is_finite and abs(p - q) <= abs(p + q) * 1e-18 + 1e-40):
+            return False
+    return True
+
+
+def split_list(text: str) -> tuple[str, list[str]]:
+    """Kind of bracket and top-level elements: "[1, (2,3))" -> ("[)", ["1", "(2,3)"]); no bracket: ("", [...])."""
+    text = text.replace("\\{", "⟨").replace("\\}", "⟩")
+    kind = text[0] + text[-1] if len(text) > 1 and text[0] in "([⟨" and text[-1] in ")]⟩" else ""
+    parts, depth, part = [], 0, ""
+    for c in text[1:-1] if kind else text:
+        depth += (c in "([{⟨") - (c in ")]}⟩")
+        if c == "," and depth == 0:
+            parts, part = parts + [part], ""
+        else:
+            part += c
+    return ("" if kind == "⟨⟩" else kind), [p.strip() for p in parts + [part]]
+
+
+@functools.lru_cache(maxsize=65536)
+def verify(answer: str | None, gold: str) -> bool:
+    """Whether an answer equals the gold one: as text after normalising, or as mathematics. Never raises.
+
+    Tuples and intervals are compared element by element, brackets included; sets and bare lists in any order. A percent
+    sign on one side only may mean the number or its hundredth ("20%" equals "20" and "0.2").
+    """
+    if answer is None or gold is None:
+        return False
+    if answer.strip() == gold.strip() or len(answer) > 300 or len(gold) > 300:
+        return answer.strip() == gold.strip()
+    try:
+        a, b = normalize(answer), normalize(gold)
+        if a.casefold() == b.casefold():
+            return True
+        if not a or not b or a.isdigit() and b.isdigit():
+            return bool(a) and bool(b) and a.isascii() and b.isascii() and int(a) == int(b)
+        if a.endswith("%") or b.endswith("%"):
+            x, y = a.rstrip("% "), b.rstrip("% ")
+            return same_value(x, y) or a[-1] != b[-1] and same_value(*((f"({x})/100", y) if a[-1] == "%" else (x, f"({y})/100")))
+        if same_value(a, b):
+            return True
+        (kind_a, left), (kind_b, right) = split_list(a), split_list(b)
+        if kind_a != kind_b or len(left) != len(right) or not 1 < len(left) <= 20:
+            return False
+        if kind_a:
+            return all(x == y or same_value(x, y) for x, y in zip(left, right))
+        for x in left:
+            right.remove(next(y for y in right if x == y or same_value(x, y)))
+        return True
+    except (StopIteration, ValueError, ArithmeticError, TypeError, AttributeError, RecursionError, NotImplementedError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policy: any Hugging Face causal language model; the tiny one is a Qwen2 of 0.64 M parameters, one token a character.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ORGANISATIONS = {"qwen": "Qwen", "llama": "meta-llama", "smollm": "HuggingFaceTB", "olmo": "allenai", "gemma": "google"}
+
+
+def load_policy(config) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
+    """The policy in fp32 on its device, and its tokenizer, padding on the left.
+
+    Safetensors only, no remote code. The tiny policy is warm-started first, once: its folder is named by a hash of all
+    that it depends on. Fails with one line where the model cannot be loaded or has no end-of-sequence token.
+    """
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    name = warm_start(config, device) if config.model == "tiny" else config.model
+    if not Path(name).exists() and "/" not in str(name):
+        organisation = ORGANISATIONS.get(re.match("[a-z]*", name.lower())[0])
+        name = f"{organisation}/{name}" if organisation else name
+    try:
+        # tokenizer.json as it is; AutoTokenizer may put the stock tokenizer of the model's family in its place
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
+                                                     trust_remote_code=False)
+    except Exception as e:  # whatever a hub, a network or a file raises, the user gets one line
+        fail(f"cannot load the model {name}: {' '.join(str(e).split())[:300] or type(e).__name__}")
+    eos = model.generation_config.eos_token_id or tokenizer.eos_token_id  # a list for many chat models
+    if eos is None:
+        fail(f"the tokenizer of {name} has no end-of-sequence token, so no response would ever end")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        fail(f"the tokenizer of {name} has more tokens ({len(tokenizer)}) than its model has embeddings")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    # A model's own defaults (top-k 20, top-p 0.8, ...) would bend the distribution that the log-probs are taken of.
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device).eval(), tokenizer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, as an ordinary fast tokenizer."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n#"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def warm_start(config, device: str) -> Path:
+    """Folder of the tiny policy trained on demonstrations; made on the first call, found on later ones.
+
+    Muon [torch.optim] on the layers' matrices takes half the steps of AdamW here; batches hold examples of like length.
+    """
+    depends = [config.operands, config.warm_steps, config.warm_batch, config.prompt,
+               *map(inspect.getsource, (warm_start, tiny_tokenizer, chain_questions, demonstration, reduce_at, is_heldout))]
+    folder = Path("runs") / f"warm_start_{hashlib.sha256(repr(depends).encode()).hexdigest()[:12]}"
+    if folder.exists():
+        return folder
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rng, tokenizer = random.Random(0), tiny_tokenizer()
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).to(device)
+        inner = {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+        optimizers = [torch.optim.Muon([p for n, p in model.named_parameters() if n in inner], lr=0.02, weight_decay=0.0),
+                      torch.optim.AdamW([p for n, p in model.named_parameters() if n not in inner], lr=3e-3, weight_decay=0.0)]
+        schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 50) * (1 - s / config.warm_steps))
+                     for o in optimizers]
+        pool = []
+        bar = tqdm(range(config.warm_steps), desc="warm start", unit="step", disable=None)
+        for _ in bar:
+            if not pool:
+                examples = [Trajectory(encode_prompt(tokenizer, q, config),
+                                       tokenizer(demonstration(q, rng)).input_ids + [tokenizer.eos_token_id])
+                            for q in chain_questions(rng, config.operands, False, 8 * config.warm_batch)]
+                pool = micro_batches(examples, size=config.warm_batch)
+                rng.shuffle(pool)
+            logp, _, mask = token_logps(model, pool.pop())
+            loss = -masked_mean(logp, mask)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for step in (*optimizers, *schedules):
+                step.step()
+            model.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+        def write(path):
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+
+        save_atomically(folder, write)
+    return folder
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """One response, or the beginning of one to go on from. While it was sampled, ln π(o_t) and H_t were recorded."""
+    prompt: list[int]
+    response: list[int] = field(default_factory=list)  # T token ids, the last one EOS unless cut at max_new_tokens
+    logps: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [T]
+    entropy: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [T]
+    start: int = 0  # t*: response[start:] are its own tokens, those before were sampled by its parent
+    z: torch.Tensor | None = None  # [Z], the latent that steers its own tokens (I²B-LPO)
+    memory: tuple | None = None  # (key/value cache, last hidden states [B, columns, H], its row, its first column)
+    group: int = 0  # which prompt of the batch
+    text: str = ""
+    complete: bool = True  # it ended by itself
+    reward: float = 0.0
+    advantage: float = 0.0
+
+
+def token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """H_t = -Σ_v p_t(v) ln p_t(v) in nats, p_t the softmax of raw logits [..., V]; returns [...]. [P]"""
+    logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 · ln 0 = 0
+    return -(logp.exp() * logp).sum(-1)
+
+
+class Recorder(LogitsProcessor):
+    """Keeps ln π(o_t) and H_t, [B] a step, while `generate` samples: never [B, T, V], which at V = 151,936 is gigabytes.
+
+    At each call `generate` shows the raw logits of the next token; which token was drawn is seen one call later.
+    """
+
+    def __init__(self):
+        self.logps, self.entropy, self.scores = [], [], None
+
+    def __call__(self, input_ids, scores):
+        self.draw(input_ids[:, -1])
+        parts = [(token_entropy(rows), rows.logsumexp(-1)) for rows in scores.split(max(1, 2 ** 20 // scores.shape[1]))]
+        entropy, self.normalizer = (torch.cat(x) for x in zip(*parts))
+        self.entropy.append(entropy)
+        self.scores = scores
+        return scores
+
+    def draw(self, tokens):
+        if self.scores is not None:
+            self.logps.append(self.scores.gather(1, tokens[:, None]).squeeze(1) - self.normalizer)
+
+    def finish(self, new):
+        """(logps, entropy), each [B, T] on the CPU, of the sampled tokens `new` [B, T]."""
+        T = new.shape[1]
+        if len(self.logps) < T:
+            self.draw(new[:, -1])
+        return (torch.stack(x[:T], 1).cpu() for x in (self.logps, self.entropy))
+
+
+def autocast(model):
+    """bf16 on CUDA over fp32 master weights; nothing on the CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def sample(model, tokenizer, starts: list[Trajectory], config, greedy=False, steer=None, keep=False) -> list[Trajectory]:
+    """Go on from each of `starts` (a bare prompt, or a prefix of a response) by HF `generate`, at temperature 1 without
+    truncation; returns the longer trajectories in the same order.
+
+    A prefix with a `memory` reuses its parent's keys and values, one without is prefilled; its length counts against
+    max_new_tokens. `steer(batch)` is a context manager around the generation of a batch. With `keep` the results have a
+    `memory`. Rows of like length share a call, so that little is padded; `generate_tokens` bounds a call's rows x longest.
+    """
+    model.eval()
+    result = [None] * len(starts)
+    stop = model.generation_config.eos_token_id
+    stop = set(stop if isinstance(stop, list) else [stop])
+    for rows in micro_batches(range(len(starts)), config.generate_tokens, lambda i: len(starts[i].prompt) + config.max_new_tokens):
+        batch, states, recorder = [starts[i] for i in rows], [], Recorder()
+        inputs = tokenizer.pad({"input_ids": [s.prompt + s.response for s in batch]}, return_tensors="pt").to(model.device)
+        width, room = inputs["input_ids"].shape[1], [config.max_new_tokens - len(s.response) for s in batch]
+        with autocast(model), contextlib.ExitStack() as stack:
+            if steer or any(s.response for s in batch):
+                inputs["past_key_values"] = prefix_cache(model, batch, inputs["input_ids"], inputs["attention_mask"])
+            if steer:
+                stack.enter_context(steer(batch))
+            if keep:
+                hook = model.base_model.norm.register_forward_hook(lambda module, args, output: states.append(output))
+                stack.callback(hook.remove)
+            out = model.generate(**inputs, max_new_tokens=max(room), do_sample=not greedy, top_k=0,
+                                 logits_processor=[recorder], return_dict_in_generate=True)
+        new = out.sequences[:, width:]
+        states = torch.cat(states, 1) if keep else None
+        for j, (i, tokens, logp, h) in enumerate(zip(rows, new.tolist(), *recorder.finish(new))):
+            s, end = starts[i], next((t + 1 for t, token in enumerate(tokens) if token in stop), math.inf)
+            n = min(end, len(tokens), room[j])
+            result[i] = replace(s, response=s.response + tokens[:n], logps=torch.cat([s.logps, logp[:n]]),
+                                entropy=torch.cat([s.entropy, h[:n]]), start=len(s.response), complete=end <= room[j],
+                                memory=(out.past_key_values, states, j, width - len(s.prompt + s.response)) if keep else None)
+    for t, text in zip(result, tokenizer.batch_decode([t.response for t in result], skip_special_tokens=True)):
+        t.text = text
+    return result
+
+
+def prefix_cache(model, batch: list[Trajectory], ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
+    """Keys and values of left-padded prefixes (ids, mask [B, P]) but for their last token, which `generate` feeds itself.
+
+    They are gathered from where the parents were sampled: cached keys carry their rotation already, so moving them to
+    other columns changes nothing. Where a parent has no memory the prefixes are run through the policy.
+    """
+    ids, mask = ids[:, :-1], mask[:, :-1]
+    if not all(s.memory for s in batch):
+        return model.base_model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                                use_cache=True).past_key_values
+    sources = defaultdict(list)
+    for i, s in enumerate(batch):
+        sources[id(s.memory[0])].append(i)
+    first = mask.argmax(1)  # column of a row's first token
+    result = DynamicCache(config=model.config)
+    for layer in range(model.config.num_hidden_layers):
+        moved = []
+        for name in ("keys", "values"):
+            new = None
+            for members in sources.values():
+                old = getattr(batch[members[0]].memory[0].layers[layer], name)  # [B', KV, columns, D]
+                row, column = torch.tensor([batch[i].memory[2:] for i in members], device=ids.device).T
+                columns = (torch.arange(ids.shape[1], device=ids.device) + (column - first[members])[:, None]).clamp(min=0)
+                if new is None:
+                    new = old.new_zeros(len(batch), old.shape[1], ids.shape[1], old.shape[3])
+                heads = torch.arange(old.shape[1], device=ids.device)
+                new[members] = old[row[:, None, None], heads[:, None], columns[:, None]]
+            moved.append(new)
+        result.update(*moved, layer)
+    return result
+
+
+LOGITS = 2 ** 25  # logits held at a time
+
+
+def token_logps(model, batch: list[Trajectory]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ln π(o_t) and H_t of a trajectory's own tokens by one differentiable pass, and their mask: three [B, T] tensors.
+
+    Rows are padded on the right: causal attention never looks there, so no mask is needed. Logits are made for
+    those tokens only, and where V is large in chunks that are made again in the backward pass instead of kept.
+    """
+    ids = pad([torch.tensor(t.prompt + t.response) for t in batch]).to(model.device)  # [B, S]
+    starts = torch.tensor([len(t.prompt) for t in batch], device=ids.device)
+    own, end = torch.tensor([[t.start, len(t.response)] for t in batch], device=ids.device).T[..., None]
+    t = torch.arange(int(end.max()), device=ids.device)
+    mask = (own <= t) & (t < end)  # [B, T]
+    rows, t = mask.nonzero(as_tuple=True)
+    columns = starts[rows] + t
+
+    def score(states, targets):
+        logits = model.get_output_embeddings()(states).float()
+        return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), token_entropy(logits)
+
+    with autocast(model):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, S, H]
+        n = max(1, LOGITS // model.config.vocab_size)
+        chunks = list(zip(hidden[rows, columns - 1].split(n), ids[rows, columns].split(n)))  # o_t is chosen at t - 1
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [score(*chunk) for chunk in chunks]
+    flat = [torch.cat(x) for x in zip(*parts)]
+    logp, entropy = (torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, x) for x in flat)
+    return logp, entropy, mask
+
+
+def pad(rows: list[torch.Tensor]) -> torch.Tensor:
+    """[T_i] tensors as one [B, T], zeros on the right."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def micro_batches(items, tokens: float = math.inf, length=lambda t: len(t.prompt) + len(t.response), size: int = 0):
+    """Lists of like length, longest first, each of at most `tokens` (rows x longest) and, where given, `size` items."""
+    batches, longest = [], 0
+    for item in sorted(items, key=length, reverse=True):
+        if batches and (len(batches[-1]) + 1) * longest <= tokens and len(batches[-1]) != size:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+            longest = length(item)
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1: entropy-driven latent branching.
+# ---------------------------------------------------------------------------------------------------------------------
+# Ω = the top ρ of a response's positions by H_t, t* ~ Uniform(Ω); the branch goes on from c = (q, o_<t*).              [P]
+# The hesitant token itself is decided again, since H_t is the entropy of the choice of o_t (the released code keeps it). [O]
+
+
+def branch_positions(entropy: torch.Tensor, mask: torch.Tensor, top_frac: float, generator=None) -> torch.Tensor:
+    """t* of each response, [B]: drawn uniformly from the floor(ρ n) >= 1 positions of highest entropy.
+
+    entropy, mask [B, T]: EOS belongs to the n candidates, padding and the first token [C] do not (a response of one
+    token has no other position, and t* = 0).
+    """
+    result = torch.zeros(len(entropy), dtype=torch.long)
+    for i, (h, m) in enumerate(zip(entropy, mask)):
+        candidates = m.nonzero().squeeze(1)[1:]
+        if len(candidates):
+            omega = candidates[h[candidates].topk(max(1, int(top_frac * len(candidates) + 1e-9))).indices]
+            result[i] = omega[torch.randint(len(omega), (1,), generator=generator)]
+    return result
+
+
+# Latents: a conditional VAE of how a prefix goes on, in the policy's own features e(x) = mean last hidden state.      [O]
+# loss = |g(e(c), z) - e(o_>=t*)|² + weight · KL(q_φ(z | e(c), e(o_>=t*)) || p_ψ(z | e(c)))                             [C]
+
+
+class LatentCVAE(torch.nn.Module):
+    """Prior p_ψ(z | c), posterior q_φ(z | c, o_>=t*) and decoder g, all three-layer MLPs; diagonal Gaussians [C].
+
+    Features [B, H] are standardised by `shift` and `scale`, set in training. Free bits keep the posterior from
+    collapsing onto the prior: KL below `free_bits` nats a dimension is not worth reducing.
+    """
+
+    def __init__(self, width: int, z_dim: int, hidden: int = 256, kl_weight: float = 1.0, free_bits: float = 0.1):
+        super().__init__()
+        self.kl_weight, self.free_bits = kl_weight, free_bits
+        self.register_buffer("shift", torch.zeros(2, width))  # of contexts, of continuations
+        self.register_buffer("scale", torch.ones(2, width))
+
+        def mlp(n_in, n_out):
+            return torch.nn.Sequential(torch.nn.Linear(n_in, hidden), torch.nn.SiLU(), torch.nn.Linear(hidden, hidden),
+                                       torch.nn.SiLU(), torch.nn.Linear(hidden, n_out))
+        self.prior_net, self.posterior_net = mlp(width, 2 * z_dim), mlp(2 * width, 2 * z_dim)
+        self.decoder = mlp(width + z_dim, width)
+
+    def standardize(self, x, side):
+        return (x - self.shift[side]) / self.scale[side]
+
+    def prior(self, context):
+        """[B, H] -> mean and log-variance of p_ψ(z | c), each [B, Z]."""
+        mu, logvar = self.prior_net(self.standardize(context, 0)).chunk(2, -1)
+        return mu, logvar.clamp(-8, 8)
+
+    def posterior(self, context, continuation):
+        """[B, H], [B, H] -> mean and log-variance of q_φ(z | c, o_>=t*), each [B, Z]."""
+        x = torch.cat([self.standardize(context, 0), self.standardize(continuation, 1)], -1)
+        mu, logvar = self.posterior_net(x).chunk(2, -1)
+        return mu, logvar.clamp(-8, 8)
+
+    def decode(self, context, z):
+        """g(e(c), z): the expected feature of the continuation, [B, H]."""
+        return self.decoder(torch.cat([self.standardize(context, 0), z], -1)) * self.scale[1] + self.shift[1]
+
+    def sample(self, context, k: int):
+        """k latents from the prior of each context: [B, k, Z]."""
+        mu, logvar = self.prior(context)
+        return mu[:, None] + (logvar / 2).exp()[:, None] * torch.randn(len(mu), k, mu.shape[1], device=mu.device)
+
+    def kl(self, context, continuation):
+        """KL(q_φ || p_ψ) of each dimension in nats, mean over the batch: [Z]."""
+        (mq, vq), (mp, vp) = self.posterior(context, continuation), self.prior(context)
+        return 0.5 * (vp - vq + ((vq.exp() + (mq - mp) ** 2) / vp.exp()) - 1).mean(0)
+
+    def loss(self, context, continuation):
+        """(loss, squared error, KL), scalars: sums over dimensions, means over the batch, one reparameterised z a row."""
+        mu, logvar = self.posterior(context, continuation)
+        z = mu + (logvar / 2).exp() * torch.randn_like(mu)
+        recon = (((self.decode(context, z) - continuation) / self.scale[1]) ** 2).sum(-1).mean()
+        kl = self.kl(context, continuation)
+        return recon + self.kl_weight * kl.clamp(min=self.free_bits).sum(), recon, kl.sum()
+
+
+@torch.no_grad()
+def features(model, batch: list[Trajectory], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """e(c) and e(o_>=t*) of whole responses cut at `positions`: two [B, H] means of the policy's last hidden states."""
+    ids = pad([torch.tensor(t.prompt + t.response) for t in batch]).to(model.device)
+    with autocast(model):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+    means = [(h[:n].mean(0), h[n:len(t.prompt) + len(t.response)].mean(0))
+             for h, t, n in zip(hidden, batch, (len(t.prompt) + p for t, p in zip(batch, positions)))]
+    return tuple(torch.stack(side) for side in zip(*means))
+
+
+def train_cvae(cvae: LatentCVAE, model, pairs: list[Trajectory], config) -> dict:
+    """Train on (prefix, continuation) pairs: responses cut where the policy hesitates. A tenth is held out and reported:
+    squared error over that of predicting the mean, KL a dimension, share of dimensions with KL > 0.01 (active).
+    """
+    sides = []
+    for batch in micro_batches(pairs, config.micro_tokens):
+        with torch.no_grad():
+            _, entropy, mask = token_logps(model, batch)
+        sides.append(features(model, batch, branch_positions(entropy, mask, config.top_frac).tolist()))
+    context, continuation = (torch.cat(side) for side in zip(*sides))
+    order, test = torch.randperm(len(context), device=context.device), max(1, len(context) // 10)
+    context, continuation = context[order], continuation[order]
+    for side, x in enumerate((context, continuation)):
+        cvae.shift[side], cvae.scale[side] = x.mean(0), x.std(0, correction=0) + 1e-6
+    optimizer = torch.optim.AdamW(cvae.parameters(), lr=1e-3)
+    bar = tqdm(range(config.cvae_steps), desc="cvae", unit="step", disable=None)
+    for _ in bar:
+        rows = torch.randint(test, len(context), (256,), device=context.device)
+        loss, recon, kl = cvae.loss(context[rows], continuation[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bar.set_postfix(recon=f"{recon.item():.1f}", kl=f"{kl.item():.1f}", refresh=False)
+    with torch.no_grad():
+        c, x = context[:test], continuation[:test]
+        recon, kl = cvae.loss(c, x)[1].item(), cvae.kl(c, x)
+        mean = (((x - cvae.shift[1]) / cvae.scale[1]) ** 2).sum(-1).mean().item()
+    report = {"error_over_mean": recon / max(mean, 1e-9), "kl_per_dim": kl.mean().item(),
+              "active": (kl > 0.01).float().mean().item(), "pairs": len(context)}
+    print("cvae: " + ", ".join(f"{k} {v:.3g}" for k, v in report.items()))
+    return report
+
+
+# PSA: K' = [γ W_K z ; K], V' = [γ W_V z ; V]: one more key and value in each of the last layers, at RoPE position 0
+# (where rotation does nothing), seen from the state that produces o_t* on; there, too, RMSNorm's w becomes w + γ W_N z. [P]
+
+
+def psa_attention(module, query, key, value, attention_mask, **kwargs):
+    """sdpa attention with the layer's latent slot, if it has one, before its keys and values.
+
+    query [B, heads, Q, D]; key, value [B, KV, K, D]; module.slot = (k_z, v_z: [B, KV, 1, D]; visible: bool [B, Q]).
+    """
+    if (slot := getattr(module, "slot", None)) is not None:
+        k_z, v_z, visible = slot
+        (B, _, Q, _), K = query.shape, key.shape[2]
+        if attention_mask is None:  # transformers leaves out a mask that is only causal
+            attention_mask = torch.ones(Q, K, dtype=torch.bool, device=query.device).tril(K - Q)[None, None]
+        attention_mask = torch.cat([visible[:, None, :, None], attention_mask.expand(B, 1, Q, K)], -1)
+        key, value = torch.cat([k_z.to(key.dtype), key], 2), torch.cat([v_z.to(value.dtype), value], 2)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register("psa", psa_attention)
+AttentionMaskInterface.register("psa", sdpa_mask)
+
+
+class PseudoSelfAttention(torch.nn.Module):
+    """The projections of z into the policy, and `steer`, which attaches them for the length of a `with` block.
+
+    config.branch_mode chooses where z goes in: "psa" as above, "input" adds γ W z to the first layer's input, "softmax"
+    adds γ W z to the last state before the logits [C]. All at the branch's own positions only. γ = 0 attaches nothing.
+    """
+
+    def __init__(self, model, config):
+        super().__init__()
+        c, base = model.config, model.base_model
+        layers = getattr(base, "layers", [])
+        if not layers or not all(hasattr(layer.input_layernorm, "variance_epsilon") for layer in layers if hasattr(
+                layer, "input_layernorm")) or not hasattr(layers[0], "input_layernorm") or any(
+                kind != "full_attention" for kind in getattr(c, "layer_types", None) or []):
+            fail(f"I²B-LPO needs a decoder with model.layers, RMSNorm and full attention (Qwen2, Qwen3, Llama), not "
+                 f"{type(model).__name__}; use --branch_mode random or --method grpo")
+        n = len(layers) if config.psa_layers == "all" else min(int(config.psa_layers), len(layers))
+        self.mode, self.halflife, self.gamma = config.branch_mode, config.psa_halflife, config.psa_gamma
+        self.first, self.z_dim, self.kv_heads = len(layers) - n, config.z_dim, c.num_key_value_heads
+        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        if self.mode == "psa":
+            self.to_kv = torch.nn.Linear(self.z_dim, n * 2 * self.kv_heads * head, bias=False)  # W_K, W_V
+            self.to_norm = torch.nn.Linear(self.z_dim, n * c.hidden_size, bias=False)  # W_N
+        else:
+            self.to_hidden = torch.nn.Linear(self.z_dim, c.hidden_size, bias=False)
+        for p in self.parameters():
+            torch.nn.init.normal_(p, std=0.01)  # [C]
+
+    @contextlib.contextmanager
+    def steer(self, model, batch: list[Trajectory], decoding: bool = False):
+        """Within the block, `model` is steered by the latents of `batch`, a row each (no latent, no effect).
+
+        decoding: rows are prefixes that `generate` goes on from, so that every position processed sees the latent, the
+        j-th at age j. Otherwise rows are whole trajectories padded on the right, and position len(prompt) + t* - 1 has
+        age 0. The norm's modulation is halved every `halflife` tokens of age (0: never).
+        """
+        has = torch.tensor([t.z is not None for t in batch], device=model.device)[:, None]  # [B, 1]
+        if self.gamma == 0 or not has.any():
+            yield
+            return
+        z = self.gamma * torch.stack([torch.zeros(self.z_dim) if t.z is None else t.z for t in batch]).to(model.device)
+        if decoding:
+            age = torch.zeros(len(batch), 1, device=model.device)
+        else:
+            born = torch.tensor([len(t.prompt) + t.start - 1 for t in batch], device=model.device)
+            age = torch.arange(max(len(t.prompt) + len(t.response) for t in batch), device=model.device) - born[:, None]
+        visible = has & (age >= 0)
+
+        def strength():  # [B, Q, 1]
+            decay = 0.5 ** (age.clamp(min=0) / self.halflife) if self.halflife else 1.0
+            return (visible * decay)[..., None]
+
+        def modulate(delta, norm, args, output):  # (w + δ) x̂ = output + δ x̂, δ [B, H]
+            x = args[0].float()
+            normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+            return output + (strength() * delta[:, None] * normed).to(output.dtype)
+
+        base, hooks, implementation = model.base_model, [], model.config._attn_implementation
+        try:
+            if self.mode == "psa":
+                layers = base.layers[self.first:]
+                kv = self.to_kv(z).view(len(z), len(layers), 2, self.kv_heads, 1, -1).unbind(1)
+                deltas = self.to_norm(z).view(len(z), len(layers), -1).unbind(1)
+                model.config._attn_implementation = "psa"
+                for layer, slot, delta in zip(layers, kv, deltas):
+                    layer.self_attn.slot = (slot[:, 0], slot[:, 1], visible)
+                    hooks.append(layer.input_layernorm.register_forward_hook(functools.partial(modulate, delta)))
+            else:
+                delta = self.to_hidden(z)[:, None]
+                if self.mode == "input":
+                    hooks.append(base.layers[0].register_forward_pre_hook(
+                        lambda layer, args: (args[0] + (visible[..., None] * delta).to(args[0].dtype), *args[1:])))
+                else:
+                    hooks.append(base.norm.register_forward_hook(
+                        lambda norm, args, output: output + (visible[..., None] * delta).to(output.dtype)))
+            if decoding:
+                hooks.append(base.register_forward_hook(lambda *_: (age.add_(1), None)[1]))
+            yield
+        finally:
+            model.config._attn_implementation = implementation
+            for hook in hooks:
+                hook.remove()
+            for layer in base.layers:
+                if hasattr(layer.self_attn, "slot"):
+                    del layer.self_attn.slot
+
+
+def psa_gamma(step: int, config) -> float:
+    """γ at a training step: from psa_gamma to 0 over psa_decay_steps (0: constant), linearly or along a half cosine."""
+    progress = min(1.0, step / config.psa_decay_steps) if config.psa_decay_steps else 0.0
+    return config.psa_gamma * (1 - progress if config.psa_decay == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+@torch.no_grad()
+def prefix_features(model, starts: list[Trajectory]) -> torch.Tensor:
+    """e(c) of prefixes, [B, H]: from the states kept while their parents were sampled, else by a pass."""
+    result = []
+    for s in starts:
+        if s.memory:
+            _, hidden, row, column = s.memory
+            states = hidden[row, column:column + len(s.prompt + s.response)]
+        else:
+            states = model.base_model(torch.tensor([s.prompt + s.response], device=model.device)).last_hidden_state[0]
+        result.append(states.float().mean(0))
+    return torch.stack(result)
+
+
+def branch(model, tokenizer, psa, cvae, parents: list[Trajectory], config, budget: float = math.inf) -> list[list[Trajectory]]:
+    """K branches from t* of every parent, each with a latent of its own from p_ψ(z | c): a list for each parent.
+
+    Stops where all branches so far are expected to have sampled `budget` tokens, a parent's first branch before any
+    parent's second. branch_mode random, and γ = 0, branch at the same positions without a latent.
+    """
+    entropy, mask = pad([p.entropy for p in parents]), pad([torch.ones(len(p.response)) for p in parents]).bool()
+    positions = branch_positions(entropy, mask, config.top_frac).tolist()
+    prefixes = [replace(p, response=p.response[:t], logps=p.logps[:t], entropy=p.entropy[:t], z=None,
+                        memory=None if p.z is not None else p.memory) for p, t in zip(parents, positions)]
+    latent = psa is not None and psa.gamma > 0
+    z = cvae.sample(prefix_features(model, prefixes), config.branches).detach().cpu() if latent else None  # [B, K, Z]
+    starts, origins = [], []
+    for k in range(config.branches):
+        for i, prefix in enumerate(prefixes):
+            budget -= len(parents[i].response) - positions[i]  # a branch is expected to be as long as its parent
+            if budget >= 0:
+                starts.append(replace(prefix, z=z[i, k] if latent else None))
+                origins.append(i)
+    steer = (lambda batch: psa.steer(model, batch, decoding=True)) if latent else None
+    families = [[] for _ in parents]
+    for i, t in zip(origins, sample(model, tokenizer, starts, config, steer=steer) if starts else []):
+        families[i].append(t)
+    return families
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2: information-bottleneck filter and self-reward.
+# ---------------------------------------------------------------------------------------------------------------------
+# S_IB(r) = β · Î(r; a*) - Î(q; r)  [P];  the estimators are [O]:
+# Î(r; a*) = [ln π(a* | q, r̄, cue) - ln π(a* | q, cue)] / |a*|, r̄ the response before its answer marker, the cue;
+# Î(q; r)  = Ĥ(r) / mean of Ĥ over the prompt's candidates, Ĥ(r) = Σ_t H_t.
+
+
+@torch.no_grad()
+def answer_gain(model, tokenizer, trajectories: list[Trajectory], golds: list[str], config) -> torch.Tensor:
+    """Î(r; a*), [B]: nats a token of the gold answer (golds: one for each trajectory) by which a response makes it more
+    likely, under the policy without latent. What stands before the last cue of the text counts; without one, all of it.
+    """
+    probes = []
+    for t, gold in zip(trajectories, golds):
+        before = t.text.rpartition(config.answer_cue)[0] if config.answer_cue in t.text else t.text
+        answer = tokenizer(gold, add_special_tokens=False).input_ids
+        for text in (before, ""):
+            given = tokenizer(text + config.answer_cue, add_special_tokens=False).input_ids
+            probes.append(Trajectory(t.prompt, given + answer, start=len(given)))
+    unique = {(*p.prompt, -1, *p.response): p for p in probes}  # many a response is sampled twice
+    value = {}
+    for batch in micro_batches(unique.values(), config.micro_tokens):
+        logp, _, mask = token_logps(model, batch)
+        value |= zip(map(id, batch), ((logp * mask).sum(1) / mask.sum(1)).tolist())
+    scores = torch.tensor([value[id(unique[(*p.prompt, -1, *p.response)])] for p in probes]).view(-1, 2)
+    return scores[:, 0] - scores[:, 1]
+
+
+def trajectory_ib_score(answer_gain, entropy, mask, groups, beta: float) -> torch.Tensor:
+    """S_IB = β · Î(r; a*) - Ĥ(r) / mean over the group of Ĥ; answer_gain, groups [B], entropy, mask [B, T] -> [B]."""
+    H = (entropy * mask).sum(1)
+    _, index = groups.unique(return_inverse=True)
+    mean = torch.zeros(int(index.max()) + 1).index_add(0, index, H) / torch.bincount(index)
+    return beta * answer_gain - H / mean[index].clamp(min=1e-9)
+
+
+def select_top_n(scores, rewards, lengths, groups, n: int, always) -> list[int]:
+    """Indices, in order, of what is kept: in each group the n highest `scores` (ties: the shorter), and all that `always`
+    marks, which are not counted in n. All arguments [B].
+
+    A group whose rewards differ never keeps a set whose rewards don't: the last of the n gives its place to the best of
+    the other reward [O].
+    """
+    kept = []
+    for g in groups.unique():
+        members = (groups == g).nonzero().squeeze(1).tolist()
+        fixed = [i for i in members if always[i]]
+        ranked = sorted((i for i in members if not always[i]), key=lambda i: (-float(scores[i]), int(lengths[i])))
+        chosen, rest = ranked[:n], ranked[n:]
+        others = [i for i in rest if len({float(rewards[j]) for j in [i, *fixed, *chosen]}) > 1]
+        if chosen and others and len({float(rewards[j]) for j in [*fixed, *chosen]}) == 1:
+            chosen[-1] = others[0]
+        kept += fixed + chosen
+    return sorted(kept)
+
+
+def ib_self_reward(entropy, advantages, mask, how: str = "token") -> torch.Tensor:
+    """mean_t(A_t · H_t), with its gradient through H_t: entropy, mask [B, T], advantages [B] or [B, T] -> scalar. [C]"""
+    A = advantages if advantages.ndim == 2 else advantages[:, None]
+    return masked_mean(A * entropy, mask, how)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Update: group-relative advantages and the clipped policy gradient.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """A_i = (R_i - mean) / (std + 1e-4) over the responses to the same prompt; all [B]. [GRPO]
+
+    The standard deviation is the population's, so that a group of one has advantage 0 [O].
+    """
+    _, index = groups.unique(return_inverse=True)
+    count = torch.bincount(index).to(rewards.dtype)
+    mean = torch.zeros_like(count).index_add(0, index, rewards) / count
+    centred = rewards - mean[index]
+    std = (torch.zeros_like(count).index_add(0, index, centred ** 2) / count).sqrt()
+    return centred / (std[index] + 1e-4)
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor, how: str = "token") -> torch.Tensor:
+    """Mean of x [B, T] where mask [B, T]: over all tokens ("token"), or of each row's mean ("sequence")."""
+    if how == "token":
+        return (x * mask).sum() / mask.sum()
+    return ((x * mask).sum(1) / mask.sum(1)).mean()
+
+
+def policy_loss(logp, old_logp, advantages, mask, config) -> tuple[torch.Tensor, dict]:
+    """-mean_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) with r_t = π(o_t) / π_old(o_t). [PPO, GRPO, DAPO]
+
+    logp, old_logp, mask [B, T]; advantages [B], or [B, T] where they differ from token to token. Returns the scalar loss,
+    the mean by `config.loss_mean`, and {"ratio", "clipped"}: the mean ratio and the share of clipped tokens.
+    """
+    A = advantages if advantages.ndim == 2 else advantages[:, None]
+    ratio = (logp - old_logp).exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss = masked_mean(-torch.minimum(ratio * A, clipped * A), mask, config.loss_mean)
+    cut = (ratio * A > clipped * A).float()
+    return loss, {"ratio": masked_mean(ratio.detach(), mask).item(), "clipped": masked_mean(cut, mask).item()}
+
+
+def k3(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The k3 estimate of KL(π || π_ref) at each token: r - 1 - ln r >= 0 with r = π_ref / π. [GRPO]"""
+    return (reference - logp).exp() - 1 - (reference - logp)
+
+
+def batch_loss(model, batch: list[Trajectory], config, reference=None) -> tuple[torch.Tensor, dict]:
+    """The loss of a batch and its parts: clipped policy gradient - κ · mean_t(A_t · H_t) [C] + KL - entropy bonus, over
+    the trajectories' own tokens (a branch's prefix belongs to its parent [C]).
+    """
+    logp, entropy, mask = token_logps(model, batch)
+    old = pad([t.logps for t in batch]).to(mask.device)
+    A = torch.tensor([t.advantage for t in batch], device=mask.device)
+    loss, stats = policy_loss(logp, old, A, mask, config)
+    stats["entropy_trained"] = masked_mean(entropy.detach(), mask).item()
+    if config.entropy_bonus:
+        loss = loss - config.entropy_bonus * masked_mean(entropy, mask, config.loss_mean)
+    if config.method == "iiblpo" and config.kappa:
+        self_reward = ib_self_reward(entropy, A, mask, config.loss_mean)
+        loss, stats["ib_self_reward"] = loss - config.kappa * self_reward, self_reward.item()
+    if reference is not None:
+        with torch.no_grad():
+            reference_logp, _, _ = token_logps(reference, batch)
+        kl = masked_mean(k3(logp, reference_logp), mask, config.loss_mean)
+        loss, stats["kl"] = loss + config.kl * kl, kl.item()
+    return loss, stats | {"loss": loss.item()}
+
+
+def update(model, optimizer, trajectories: list[Trajectory], config, reference=None, psa=None) -> dict:
+    """`updates_per_step` optimizer steps on a batch, each trajectory under the latent it was sampled with; statistics.
+
+    A response without advantage costs no forward pass (unless a KL or an entropy bonus gives it a gradient); the means
+    are over the rest, so that prompts that teach nothing do not dilute those that do [O]. Micro-batches add up to the
+    gradient of the whole batch. A step whose loss or gradient is not finite is skipped and counted.
+    """
+    batch = [t for t in trajectories if t.advantage != 0 or config.kl or config.entropy_bonus]
+    stats = defaultdict(float, tokens_trained=sum(len(t.response) - t.start for t in batch), skipped=0)
+    model.train(config.gradient_checkpointing)  # the mode that switches checkpointing on; no other layer differs
+    parts = [p for p in (batch[i::config.updates_per_step] for i in range(config.updates_per_step)) if p]
+    for part in parts:
+        tokens, loss = sum(len(t.response) - t.start for t in part), 0.0
+        for micro in micro_batches(part, config.micro_tokens):
+            by_tokens = sum(len(t.response) - t.start for t in micro) / tokens
+            share = by_tokens if config.loss_mean == "token" else len(micro) / len(part)
+            with psa.steer(model, micro) if psa is not None else contextlib.nullcontext():
+                micro_loss, extra = batch_loss(model, micro, config, reference)
+                (share * micro_loss).backward()
+            loss += share * extra["loss"]
+            for key, value in extra.items():
+                stats[key] += share * value / len(parts)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        if psa is not None:
+            stats["psa_grad_norm"] = torch.nn.utils.clip_grad_norm_(psa.parameters(), config.max_grad_norm).item()
+        stats["grad_norm"] = norm
+        if math.isfinite(norm) and math.isfinite(loss) and math.isfinite(stats["psa_grad_norm"]):
+            optimizer.step()
+        else:
+            stats["skipped"] += 1
+        optimizer.zero_grad()
+    return dict(stats)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased pass@k from n samples of which c are right: 1 - C(n-c, k) / C(n, k). [Codex paper, arXiv 2107.03374]"""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def distinct_n(texts: list[str], n: int) -> float:
+    """Distinct-n: different n-grams of white-space words over all n-grams of the texts; 0 where there are none."""
+    words = [text.split() for text in texts]
+    grams = [tuple(w[i:i + n]) for w in words for i in range(len(w) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def evaluate(model, tokenizer, problems, config) -> dict:
+    """Greedy accuracy, and over n = `eval_samples` sampled responses a problem: pass@1 (avg@n), pass@k and maj@k with
+    k = n, Distinct-1 and -4 and the number of different correct responses (each a mean over problems), mean length.
+
+    Its random numbers depend on nothing but the configuration's seed and are the same before and after training.
+    """
+    prompts, n = [Trajectory(encode_prompt(tokenizer, q, config)) for q, _ in problems], config.eval_samples
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        greedy = sample(model, tokenizer, prompts, config, greedy=True)
+        sampled = sample(model, tokenizer, [p for p in prompts for _ in range(n)], config)
+    result = defaultdict(float, greedy=sum(verify(extract_answer(t.text), a) for t, (_, a) in zip(greedy, problems)))
+    for i, (_, gold) in enumerate(problems):
+        texts = [t.text for t in sampled[i * n:(i + 1) * n]]
+        answers = [extract_answer(text) for text in texts]
+        right = [verify(a, gold) for a in answers]
+        votes = Counter(a for a in answers if a is not None).most_common(1)
+        result["pass@1"] += sum(right) / n
+        result["pass@k"] += pass_at_k(n, sum(right), n)
+        result["maj@k"] += bool(votes) and verify(votes[0][0], gold)
+        result["distinct_1"] += distinct_n(texts, 1)
+        result["distinct_4"] += distinct_n(texts, 4)
+        result["distinct_correct"] += len({text for text, r in zip(texts, right) if r})
+        result["length"] += sum(len(t.response) for t in sampled[i * n:(i + 1) * n]) / n
+    return {key: round(value / len(problems), 4) for key, value in result.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then rename: neither a reader nor a crash ever meets half a file or half a folder."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(temporary)
+    if path.is_dir():
+        shutil.rmtree(path)  # a folder that is not empty cannot be replaced in one call
+    os.replace(temporary, path)
+
+
+def output_folder(config) -> Path:
+    """OUT, or the next free runs/METHOD-SEED-N (with --resume the last used). Refuses to write over another run."""
+    if config.out:
+        folder = Path(config.out)
+        if not config.resume and (folder / "metrics.jsonl").exists():
+            fail(f"{folder} holds a run already; go on with --resume or choose another --out")
+    else:
+        n = next(n for n in range(10 ** 6) if not Path(f"runs/{config.method}-{config.seed}-{n}/metrics.jsonl").exists())
+        folder = Path(f"runs/{config.method}-{config.seed}-{max(0, n - config.resume)}")
+    if config.resume and not (folder / "state.pt").exists():
+        fail(f"nothing to resume: there is no {folder}/state.pt")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"cannot write to the output folder {folder}: {e.strerror}")
+    return folder
+
+
+def judge(trajectories: list[Trajectory], problems) -> None:
+    """Reward each trajectory 1 or 0 by the gold answer of its group's problem, and set its group-relative advantage."""
+    for t in trajectories:
+        t.reward = float(verify(extract_answer(t.text), problems[t.group][1]))
+    set_advantages(trajectories, [t.reward for t in trajectories])
+
+
+def set_advantages(trajectories: list[Trajectory], rewards: list[float]) -> None:
+    """Write group_advantages(rewards) into the trajectories."""
+    groups = torch.tensor([t.group for t in trajectories])
+    for t, a in zip(trajectories, group_advantages(torch.tensor(rewards), groups).tolist()):
+        t.advantage = a
+
+
+def rollout(model, tokenizer, problems, n: int, config, keep=False) -> list[Trajectory]:
+    """n responses to each (question, gold) pair, group i belonging to problem i."""
+    starts = [Trajectory(encode_prompt(tokenizer, q, config), group=i) for i, (q, _) in enumerate(problems)]
+    return sample(model, tokenizer, [s for s in starts for _ in range(n)], config, keep=keep)
+
+
+def explore(model, tokenizer, psa, cvae, problems, config) -> tuple[list[Trajectory], list[Trajectory], dict]:
+    """I²B-LPO's stages 1 and 2 on a batch of problems: (candidates, kept ones with their advantages, what is logged).
+
+    At most as many tokens are sampled as `grpo` would with `rollouts` responses of the same mean length.
+    """
+    candidates = rollout(model, tokenizer, problems, config.initial, config, keep=True)
+    spent = sum(len(t.response) for t in candidates)
+    budget = len(problems) * config.rollouts * spent / len(candidates) - spent
+    kept, log = list(candidates), defaultdict(list)
+    for _ in range(config.ib_rounds):
+        families = branch(model, tokenizer, psa, cvae, kept, config, budget)
+        for parent, children in zip(kept, families):
+            budget -= sum(len(t.response) - t.start for t in children)
+            if children:
+                at = children[0].start
+                log["branch_place"].append(at / len(parent.response))
+                log["branch_entropy_ratio"].append(parent.entropy[at].item() / max(parent.entropy.mean().item(), 1e-9))
+            log["sibling_similarity"] += [difflib.SequenceMatcher(None, a.response[a.start:], b.response[b.start:], False).ratio()
+                                          for a, b in itertools.combinations(children, 2)]
+        old, candidates = candidates, candidates + sum(families, [])
+        judge(candidates, problems)
+        gain = answer_gain(model, tokenizer, candidates, [problems[t.group][1] for t in candidates], config)
+        rewards, groups = (torch.tensor([getattr(t, name) for t in candidates]) for name in ("reward", "group"))
+        lengths = torch.tensor([len(t.response) for t in candidates])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        scores = trajectory_ib_score(gain, pad([t.entropy for t in candidates]), mask, groups, config.beta)
+        survivors = set(map(id, kept)) if config.filter_scope == "branches" else set()
+        indices = select_top_n(scores, rewards, lengths, groups, config.keep, [id(t) in survivors for t in candidates])
+        kept = [candidates[i] for i in indices]
+    if config.ib_reward:
+        rewards = rewards + config.ib_reward * (scores - scores.mean()) / (scores.std() + 1e-4)
+    if config.baseline == "candidates":
+        set_advantages(candidates, rewards.tolist())
+    else:
+        set_advantages(kept, rewards[indices].tolist())
+    dropped = torch.ones(len(candidates), dtype=torch.bool).index_fill(0, torch.tensor(indices), False)
+    return candidates, kept, {key: sum(v) / len(v) for key, v in log.items() if v} | {
+        "gamma": psa.gamma if psa else 0.0, "kept": len(kept) / len(candidates),
+        "kept_branches": sum(t.start > 0 for t in kept) / len(kept), "ib_kept": scores[indices].mean().item(),
+        "ib_dropped": scores[dropped].mean().item() if dropped.any() else 0.0}
+
+
+def collect(model, tokenizer, psa, cvae, problems, config, rng: random.Random) -> tuple[list[Trajectory], dict]:
+    """The batch of one step and what is logged of it.
+
+    dapo samples further prompts in the place of those whose rewards are all equal (dynamic sampling, at most three
+    times), and leaves responses cut at the length limit out of the loss (overlong filtering).
+    """
+    size, log = min(config.prompts_per_step, len(problems)), {}
+    if config.method == "iiblpo":
+        everything, batch, log = explore(model, tokenizer, psa, cvae, rng.sample(problems, size), config)
+    else:
+        everything, batch, rounds = [], [], 3 if config.method == "dapo" else 1
+        while rounds and (missing := size - len({t.group for t in batch})):
+            chosen = rng.sample(problems, missing)
+            new = rollout(model, tokenizer, chosen, config.rollouts, config)
+            judge(new, chosen)
+            for t in new:
+                t.group += len(everything) // config.rollouts
+            everything, rounds = everything + new, rounds - 1
+            batch += [t for t in new if t.advantage != 0 or config.method != "dapo"]
+        if config.method == "dapo":
+            batch = [t for t in batch if t.complete]
+    rewards = defaultdict(set)
+    for t in everything:
+        rewards[t.group].add(t.reward)
+    own = sum(len(t.response) - t.start for t in everything)
+    return batch, {"reward": sum(t.reward for t in everything) / len(everything),
+                   "eff_rate": sum(len(r) > 1 for r in rewards.values()) / len(rewards),
+                   "entropy": sum(t.entropy[t.start:].sum().item() for t in everything) / own,
+                   "length": sum(len(t.response) for t in everything) / len(everything),
+                   "tokens_sampled": own, "trajectories": len(everything), "trained": len(batch)} | log
+
+
+@torch.no_grad()
+def latent_tv(model, tokenizer, psa, cvae, problems, config) -> float:
+    """What the latents do: the mean total-variation distance between the next-token distributions at t* under two latents
+    of the same prefix, at γ = psa_gamma.
+    """
+    psa.gamma, distances = config.psa_gamma, []
+    parents = rollout(model, tokenizer, problems, 1, config, keep=True)
+    for children in branch(model, tokenizer, psa, cvae, parents, config):
+        prefixes = [replace(t, response=t.response[:t.start]) for t in children]
+        with psa.steer(model, prefixes):
+            ids = torch.tensor([t.prompt + t.response for t in prefixes], device=model.device)
+            p = model(ids).logits[:, -1].softmax(-1)
+        distances += [0.5 * (a - b).abs().sum().item() for a, b in itertools.combinations(p, 2)]
+    return sum(distances) / max(1, len(distances))
+
+
+def cvae_pairs(model, tokenizer, problems, config, rng: random.Random, fresh=False) -> list[Trajectory]:
+    """Responses to train the CVAE on: demonstrations where the task has them, else correct rollouts (all, if under 10)."""
+    if config.dataset == "chain" and not fresh:
+        return [Trajectory(encode_prompt(tokenizer, q, config), tokenizer(demonstration(q, rng)).input_ids +
+                           [tokenizer.eos_token_id]) for q, _ in rng.sample(problems, min(config.cvae_pairs, len(problems)))]
+    chosen = rng.sample(problems, min(max(1, config.cvae_pairs // config.rollouts), len(problems)))
+    responses = rollout(model, tokenizer, chosen, config.rollouts, config)
+    judge(responses, chosen)
+    right = [t for t in responses if t.reward]
+    return right if len(right) >= 10 else responses
+
+
+def train(config: Config) -> dict:
+    """Evaluate, train for `max_steps`, evaluate again; writes metrics.jsonl, state.pt, model/ and summary.json."""
+    started = time.time()
+    torch.manual_seed(config.seed)
+    problems, heldout = load_problems(config)
+    folder = output_folder(config)
+    model, tokenizer = load_policy(config)
+    longest = max(len(encode_prompt(tokenizer, q, config)) for q, _ in problems + heldout) + config.max_new_tokens
+    if longest > (limit := getattr(model.config, "max_position_embeddings", longest)):
+        fail(f"the longest prompt and max_new_tokens make {longest} tokens, the model's context holds {limit}")
+    reference = None
+    if config.kl > 0:
+        reference, _ = load_policy(config)
+    psa = cvae = None
+    if config.method == "iiblpo" and config.branch_mode != "random":
+        psa = PseudoSelfAttention(model, config).to(model.device)
+        cvae = LatentCVAE(model.config.hidden_size, config.z_dim).to(model.device)
+    parameters = [{"params": list(model.parameters()), "scale": 1.0}]
+    if psa is not None:
+        parameters.append({"params": list(psa.parameters()), "scale": config.psa_lr})
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    state = {"step": 0, "bad": 0, "before": None, "cvae_report": None, "config": asdict(config)}
+    if config.resume:
+        saved = torch.load(folder / "state.pt", map_location=model.device, weights_only=True)
+        free = {"resume", "out", "max_steps", "save_every", "config"}  # may change between the parts of a run
+        other = [k for k in state["config"] if k not in free and state["config"][k] != saved["config"].get(k)]
+        if other:
+            fail(f"{folder} was made with another configuration: " + ", ".join(
+                f"{k} {saved['config'].get(k)!r}, now {state['config'][k]!r}" for k in other))
+        for name, part in (("model", model), ("optimizer", optimizer), ("psa", psa), ("cvae", cvae)):
+            if part is not None:
+                part.load_state_dict(saved.pop(name))
+        state = saved | {"config": state["config"]}
+    log = folder / "metrics.jsonl"
+    lines = log.read_text().splitlines()[:state["step"]] if config.resume else []  # what came after the checkpoint goes
+    save_atomically(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+
+    def save():
+        save_atomically(folder / "model", lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+        save_atomically(folder / "state.pt", lambda path: torch.save(
+            state | {name: part.state_dict() for name, part in (("model", model), ("optimizer", optimizer), ("psa", psa),
+                                                                ("cvae", cvae)) if part is not None}, path))
+
+    if state["before"] is None:
+        state["before"] = evaluate(model, tokenizer, heldout, config)
+        if cvae is not None:
+            pairs = cvae_pairs(model, tokenizer, problems, config, random.Random(config.seed))
+            state["cvae_report"] = train_cvae(cvae, model, pairs, config)
+    bar = tqdm(range(state["step"], config.max_steps), initial=state["step"], total=config.max_steps, desc=config.method,
+               unit="step", disable=None)
+    for step in bar:
+        # Every step seeds itself from (seed, step): a resumed run needs no saved random state to go on exactly.
+        rng = random.Random(f"{config.seed} {step}")
+        torch.manual_seed(rng.getrandbits(63))
+        t0 = time.time()
+        if psa is not None:
+            psa.gamma = psa_gamma(step, config)
+            if config.cvae_refresh and step and step % config.cvae_refresh == 0:
+                train_cvae(cvae, model, cvae_pairs(model, tokenizer, problems, config, rng, fresh=True), config)
+        batch, metrics = collect(model, tokenizer, psa, cvae, problems, config, rng)
+        t1 = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * group["scale"] * min(1.0, (step + 1) / max(1, config.lr_warmup))
+        metrics |= update(model, optimizer, batch, config, reference, psa)
+        metrics |= {"rollout_s": round(t1 - t0, 3), "update_s": round(time.time() - t1, 3)}
+        with log.open("a") as f:
+            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "eff_rate", "entropy")}, refresh=False)
+        state["step"], state["bad"] = step + 1, state["bad"] + 1 if metrics["skipped"] else 0
+        if state["bad"] >= 5:
+            fail(f"the loss or its gradient was not finite in 5 steps in a row (the last: step {step}); lower --lr, or "
+                 f"resume from {folder}/state.pt")
+        if state["step"] % config.save_every == 0 or state["step"] == config.max_steps:
+            save()
+    if psa is not None:
+        state["cvae_report"]["latent_tv"] = latent_tv(model, tokenizer, psa, cvae, heldout[:32], config)
+    summary = {"before": state["before"], "after": evaluate(model, tokenizer, heldout, config),
+               "cvae": state["cvae_report"], "config": asdict(config), "seconds": round(time.time() - started, 1)}
+    save_atomically(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    print(f"\n{len(heldout)} held-out problems, {config.eval_samples} samples each (k = {config.eval_samples})\n"
+          f"{'':18}{'before':>9}{'after':>9}")
+    for key, value in summary["before"].items():
+        print(f"{key:18}{value:9.3f}{summary['after'][key]:9.3f}")
+    print(f"{summary['seconds']:.0f} s; everything is in {folder}")
+    return summary
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """The command line; returns the summary."""
+    return train(parse_config(Config, "iiblpo", argv))
+
+
+if __name__ == "__main__":
+    main()
