@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.13", "transformers>=5.23", "datasets", "sympy", "tqdm"]
+# ///
 """I²B-LPO: Latent Policy Optimization via Iterative Information Bottleneck (arXiv 2601.05870), in one file.
 
     python iiblpo.py                                         # a tiny policy on a laptop: warm start, RL, before/after
@@ -62,6 +66,7 @@ class Config:
     config: Optional[str] = HfArg(default=None, help="YAML file of these fields; flags win (tiny: tiny_config.yaml)")
     method: Literal["iiblpo", "grpo", "dapo", "entropy_reg"] = HfArg(default="iiblpo", help="the method, or a baseline")
     max_steps: int = HfArg(default=200, help="RL steps, one batch of prompts each")
+    max_tokens: int = HfArg(default=0, help="stop once this many tokens have been sampled, to compare at equal cost; 0: never")
     seed: int = HfArg(default=0, help="of problems, sampling and training; the warm start is the same for every seed")
     out: Optional[str] = HfArg(default=None, help="output folder (default: the next free runs/METHOD-SEED-N)")
     resume: bool = HfArg(default=False, help="go on from OUT/state.pt")
@@ -102,6 +107,8 @@ class Config:
     beta: float = HfArg(default=1.0, help="beta: weight of the answer gain against the entropy in S_IB")
     filter_scope: Literal["branches", "all"] = HfArg(default="branches", help="all: initial rollouts can be dropped, too")
     baseline: Literal["candidates", "kept"] = HfArg(default="candidates", help="whose rewards the advantage is relative to")
+    credit: Literal["own", "family"] = HfArg(default="family", help="advantage of tokens before a branch point: x, or family mean")
+    reweight: bool = HfArg(default=True, help="each kept response stands for the dropped ones with its reward, too")
     ib_rounds: int = HfArg(default=1, help="times stage 1 and 2 are gone through, from the survivors")
     kappa: float = HfArg(default=0.005, help="weight of the IB self-reward in the loss")
     ib_reward: float = HfArg(default=0.0, help="alpha: weight of the z-scored S_IB in the reward")
@@ -155,51 +162,42 @@ def fail(message: str):
     raise SystemExit(2)
 
 
-def parse_config(cls: type, script: str, argv: list[str] | None = None):
-    """Read a `cls` from flags over a YAML file over the dataclass's defaults.
+def one_line(error: Exception) -> str:
+    """An exception's message, or its name, in one short line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
-    The file's sections `common` and `script` ("iiblpo", "ib_tpo") hold the fields; a flat file works too. Its values
-    are turned into flags and go through the same parser, so that a wrong type reads the same from both.
+
+def parse_config(cls: type, script: str, argv: list[str] | None = None):
+    """A `cls` from flags, over a YAML file, over the dataclass's defaults; fails with one line on what it cannot read.
+
+    The file's sections `common` and `script` hold the fields; a flat file works too. Its values are turned into flags for
+    the same parser, so that a mistake reads the same in both.
     """
-    parser = HfArgumentParser(cls, allow_abbrev=False, description=sys.modules[cls.__module__].__doc__)
-    parser.formatter_class = type(parser.formatter_class.__name__, (parser.formatter_class,),
-                                  {"_fill_text": lambda self, text, width, indent: text})  # keep the docstring's lines
-    parser.error = fail
-    names = [f.name for f in fields(cls)]
+    parser, names = HfArgumentParser(cls, allow_abbrev=False), [f.name for f in fields(cls)]
+    parser.description, parser.error = (sys.modules[cls.__module__].__doc__ or "").splitlines()[0], fail
 
     def unknown(key):
-        near = difflib.get_close_matches(key.split("=")[0].lstrip("-"), names, n=1, cutoff=0)
-        fail(f"unknown setting {key}" + (f"; did you mean {near[0]}?" if near else ""))
-
-    def parse(arguments):
-        config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        if rest:
-            unknown(rest[0])
-        return config
+        fail(f"unknown setting {key}; did you mean {difflib.get_close_matches(key.strip('-').split('=')[0], names, 1, 0)[0]}?")
 
     argv = sys.argv[1:] if argv is None else list(argv)
-    first = parse(argv)
-    path = first.config or (Path(__file__).with_name("tiny_config.yaml") if first.model == "tiny" else None)
-    if path is None:
-        return first
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        fail(f"cannot read the configuration {path}: {' '.join(str(e).split())}")
-    if not isinstance(content, dict):
-        fail(f"{path} must hold `name: value` lines")
-    values = {k: v for k, v in content.items() if k not in ("common", "iiblpo", "ib_tpo")}
-    for section in ("common", script):
-        if not isinstance(content.get(section) or {}, dict):
-            fail(f"{path}: the section {section} must hold `name: value` lines")
-        values |= content.get(section) or {}
-    flags = []
-    for key, value in values.items():
-        if key not in names:
-            unknown(str(key))
-        if value is not None:
-            flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    return parse(flags + argv)
+    given, _ = parser.parse_known_args(argv)
+    path, flags = given.config or (Path(__file__).with_name("tiny_config.yaml") if given.model == "tiny" else None), []
+    if path:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = {k: v for k, v in content.items() if k not in ("common", "iiblpo", "ib_tpo")}
+            values |= (content.get("common") or {}) | (content.get(script) or {})
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as e:
+            fail(f"cannot read the configuration {path} (sections of `name: value` lines): {one_line(e)}")
+        for key, value in values.items():
+            if key not in names:
+                unknown(str(key))
+            if value is not None:
+                flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    config, rest = parser.parse_args_into_dataclasses(flags + argv, return_remaining_strings=True)
+    if rest:
+        unknown(rest[0])
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,9 +254,9 @@ def chain_questions(rng: random.Random, operands: list[int], heldout: bool, n: i
     return list(found)
 
 
-# name -> hub path, configuration, training split, test split, question column, answer column
-DATASETS = {"gsm8k": ("openai/gsm8k", "main", "train", "test", "question", "answer"),
-            "math": ("DigitalLearningGmbH/MATH-lighteval", None, "train", "test", "problem", "solution")}
+DATASETS = {  # name: hub path, subset, splits, columns
+    "gsm8k": ("openai/gsm8k", "main", ["train", "test"], ("question", "answer")),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", None, ["train", "test"], ("problem", "solution"))}
 
 
 def load_problems(config) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -267,51 +265,43 @@ def load_problems(config) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]
     A local file has no test split: its last rows (never more than half) are held out. No question stands on both sides.
     Fails with one line where the data cannot be loaded, lacks a column, is empty, or has a row without an answer.
     """
-    n = config.eval_prompts
-    if config.dataset == "chain":
-        train = chain_questions(random.Random(config.seed), config.operands, False, 4096)
-        heldout = chain_questions(random.Random(2 ** 31), config.operands, True, n)  # the same for every seed
-        train, heldout = ([(q, str(chain_value(q))) for q in side] for side in (train, heldout))
-    else:
-        suffix = Path(config.dataset).suffix
-        try:
-            if config.dataset in DATASETS:
-                path, name, *splits, question, answer = DATASETS[config.dataset]
-                train, heldout = (load_dataset(path, name, split=s) for s in splits)
-            elif suffix in (".jsonl", ".json", ".parquet"):
-                question, answer = config.question_column, config.answer_column
-                if not Path(config.dataset).is_file():
-                    fail(f"no such file: {config.dataset}")
-                train, heldout = load_dataset(suffix.strip(".").replace("jsonl", "json"), data_files=config.dataset,
-                                              split="train"), None
-            else:
-                near = difflib.get_close_matches(config.dataset, [*DATASETS, "chain"], n=1, cutoff=0.5)
-                fail(f"unknown dataset {config.dataset}" + (f"; did you mean {near[0]}?" if near else "")
-                     + " (gsm8k, math, chain, or a .jsonl, .json or .parquet file)")
-        except Exception as e:  # whatever a hub, a network or a parser raises, the user gets one line
-            fail(f"cannot load the dataset {config.dataset}: {' '.join(str(e).split())[:300] or type(e).__name__}")
-        train = read_rows(train, question, answer, config.dataset)
-        n = min(n, len(train) // 2) if heldout is None else n
-        train, heldout = (train[:-n], train[-n:]) if heldout is None else (
-            train, read_rows(heldout, question, answer, config.dataset)[:n])
+    name, n = config.dataset, config.eval_prompts
+    if name == "chain":  # the same held-out problems for every seed
+        sides = (chain_questions(random.Random(config.seed), config.operands, False, 4096),
+                 chain_questions(random.Random(2 ** 31), config.operands, True, n))
+        return tuple([(q, str(chain_value(q))) for q in side] for side in sides)
+    local = Path(name).suffix in (".jsonl", ".json", ".parquet")
+    if not local and name not in DATASETS:
+        fail(f"unknown dataset {name}; did you mean {difflib.get_close_matches(name, [*DATASETS, 'chain'], 1, 0)[0]}? "
+             "(gsm8k, math, chain, or a .jsonl, .json or .parquet file)")
+    if local and not Path(name).is_file():
+        fail(f"no such file: {name}")
+    path, subset, splits, columns = ("parquet" if name.endswith("parquet") else "json", None, ["train"], (
+        config.question_column, config.answer_column)) if local else DATASETS[name]
+    try:
+        sides = [load_dataset(path, subset, split=s, data_files=name if local else None) for s in splits]
+    except Exception as e:  # whatever a hub, a network or a parser raises, the user gets one line
+        fail(f"cannot load the dataset {name}: {one_line(e)}")
+    sides = [read_rows(side, *columns, name) for side in sides]
+    n = min(n, len(sides[0]) // 2) if local else n
+    train, heldout = (sides[0][:-n], sides[0][-n:]) if local else (sides[0], sides[1][:n])
     taken = {q for q, _ in heldout}
     train = [row for row in train if row[0] not in taken]
     if not train or not heldout:
-        fail(f"the dataset {config.dataset} has too few different problems to train on and to hold out")
+        fail(f"the dataset {name} has too few different problems to train on and to hold out")
     return train, heldout
 
 
 def read_rows(rows, question: str, answer: str, name: str) -> list[tuple[str, str]]:
-    """(question, final answer) pairs of a `datasets` table, duplicates dropped; fails where a column or answer is missing."""
+    """(question, final answer) pairs of a `datasets` table, without duplicates; fails where a column or answer is missing."""
     for column in (question, answer):
         if column not in rows.column_names:
-            fail(f"{name} has no column {column!r}, only {', '.join(rows.column_names)}; name them by "
-                 "--question_column and --answer_column")
+            fail(f"{name} has no column {column!r}, only {', '.join(rows.column_names)} (--question_column, --answer_column)")
     pairs = {}
     for i, (q, a) in enumerate(zip(rows[question], rows[answer])):
         q, a = ("" if x is None else str(x).strip() for x in (q, a))
         if not q or not a:
-            fail(f"{name}: row {i + 1} has no {question if not q else answer}")
+            fail(f"{name}: row {i + 1} has no {answer if q else question}")
         pairs.setdefault(q, extract_answer(a) or a)
     return list(pairs.items())
 
@@ -527,7 +517,7 @@ def load_policy(config) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
                                                      trust_remote_code=False)
     except Exception as e:  # whatever a hub, a network or a file raises, the user gets one line
-        fail(f"cannot load the model {name}: {' '.join(str(e).split())[:300] or type(e).__name__}")
+        fail(f"cannot load the model {name}: {one_line(e)}")
     eos = model.generation_config.eos_token_id or tokenizer.eos_token_id  # a list for many chat models
     if eos is None:
         fail(f"the tokenizer of {name} has no end-of-sequence token, so no response would ever end")
@@ -612,7 +602,7 @@ class Trajectory:
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
-    advantage: float = 0.0
+    advantage: float | torch.Tensor = 0.0  # or [T], where it differs from token to token
 
 
 def token_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -1111,7 +1101,7 @@ def select_top_n(scores, rewards, lengths, groups, n: int, always) -> list[int]:
         ranked = sorted((i for i in members if not always[i]), key=lambda i: (-float(scores[i]), int(lengths[i])))
         chosen, rest = ranked[:n], ranked[n:]
         others = [i for i in rest if len({float(rewards[j]) for j in [i, *fixed, *chosen]}) > 1]
-        if chosen and others and len({float(rewards[j]) for j in [*fixed, *chosen]}) == 1:
+        if chosen and others and len(fixed + chosen) > 1 and len({float(rewards[j]) for j in [*fixed, *chosen]}) == 1:
             chosen[-1] = others[0]
         kept += fixed + chosen
     return sorted(kept)
@@ -1173,7 +1163,7 @@ def batch_loss(model, batch: list[Trajectory], config, reference=None) -> tuple[
     """
     logp, entropy, mask = token_logps(model, batch)
     old = pad([t.logps for t in batch]).to(mask.device)
-    A = torch.tensor([t.advantage for t in batch], device=mask.device)
+    A = pad([torch.as_tensor(t.advantage).expand(len(t.response)) for t in batch]).to(mask.device)
     loss, stats = policy_loss(logp, old, A, mask, config)
     stats["entropy_trained"] = masked_mean(entropy.detach(), mask).item()
     if config.entropy_bonus:
@@ -1196,7 +1186,7 @@ def update(model, optimizer, trajectories: list[Trajectory], config, reference=N
     are over the rest, so that prompts that teach nothing do not dilute those that do [O]. Micro-batches add up to the
     gradient of the whole batch. A step whose loss or gradient is not finite is skipped and counted.
     """
-    batch = [t for t in trajectories if t.advantage != 0 or config.kl or config.entropy_bonus]
+    batch = [t for t in trajectories if torch.as_tensor(t.advantage).any() or config.kl or config.entropy_bonus]
     stats = defaultdict(float, tokens_trained=sum(len(t.response) - t.start for t in batch), skipped=0)
     model.train(config.gradient_checkpointing)  # the mode that switches checkpointing on; no other layer differs
     parts = [p for p in (batch[i::config.updates_per_step] for i in range(config.updates_per_step)) if p]
@@ -1328,12 +1318,13 @@ def explore(model, tokenizer, psa, cvae, problems, config) -> tuple[list[Traject
     candidates = rollout(model, tokenizer, problems, config.initial, config, keep=True)
     spent = sum(len(t.response) for t in candidates)
     budget = len(problems) * config.rollouts * spent / len(candidates) - spent
-    kept, log = list(candidates), defaultdict(list)
+    kept, log, lineage = list(candidates), defaultdict(list), []
     for _ in range(config.ib_rounds):
         families = branch(model, tokenizer, psa, cvae, kept, config, budget)
         for parent, children in zip(kept, families):
             budget -= sum(len(t.response) - t.start for t in children)
             if children:
+                lineage.append((parent, children))
                 at = children[0].start
                 log["branch_place"].append(at / len(parent.response))
                 log["branch_entropy_ratio"].append(parent.entropy[at].item() / max(parent.entropy.mean().item(), 1e-9))
@@ -1355,10 +1346,19 @@ def explore(model, tokenizer, psa, cvae, problems, config) -> tuple[list[Traject
         set_advantages(candidates, rewards.tolist())
     else:
         set_advantages(kept, rewards[indices].tolist())
+    raw = {id(t): t.advantage for t in candidates}
+    if config.reweight:  # what is kept of each reward stands for all candidates of the prompt with that reward [O]
+        all_of, kept_of = (Counter((t.group, t.reward) for t in ts) for ts in (candidates, kept))
+        for t in kept:
+            t.advantage *= all_of[t.group, t.reward] / kept_of[t.group, t.reward]
+    if config.credit == "family":  # o_<t* is credited with what came of it in all its branches, not in its parent alone [O]
+        for parent, children in lineage:
+            parent.advantage = parent.advantage * torch.ones(len(parent.response))
+            parent.advantage[:children[0].start] = sum(raw[id(t)] for t in [parent, *children]) / (1 + len(children))
     dropped = torch.ones(len(candidates), dtype=torch.bool).index_fill(0, torch.tensor(indices), False)
     return candidates, kept, {key: sum(v) / len(v) for key, v in log.items() if v} | {
         "gamma": psa.gamma if psa else 0.0, "kept": len(kept) / len(candidates),
-        "kept_branches": sum(t.start > 0 for t in kept) / len(kept), "ib_kept": scores[indices].mean().item(),
+        "kept_branches": sum(t.memory is None for t in kept) / len(kept), "ib_kept": scores[indices].mean().item(),
         "ib_dropped": scores[dropped].mean().item() if dropped.any() else 0.0}
 
 
@@ -1443,10 +1443,10 @@ def train(config: Config) -> dict:
     if psa is not None:
         parameters.append({"params": list(psa.parameters()), "scale": config.psa_lr})
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    state = {"step": 0, "bad": 0, "before": None, "cvae_report": None, "config": asdict(config)}
+    state = {"step": 0, "bad": 0, "tokens": 0, "before": None, "cvae_report": None, "config": asdict(config)}
     if config.resume:
         saved = torch.load(folder / "state.pt", map_location=model.device, weights_only=True)
-        free = {"resume", "out", "max_steps", "save_every", "config"}  # may change between the parts of a run
+        free = {"resume", "out", "max_steps", "max_tokens", "save_every", "config"}  # may change between the parts of a run
         other = [k for k in state["config"] if k not in free and state["config"][k] != saved["config"].get(k)]
         if other:
             fail(f"{folder} was made with another configuration: " + ", ".join(
@@ -1490,12 +1490,16 @@ def train(config: Config) -> dict:
         with log.open("a") as f:
             f.write(json.dumps({"step": step, **metrics}) + "\n")
         bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "eff_rate", "entropy")}, refresh=False)
+        state["tokens"] += metrics["tokens_sampled"]
         state["step"], state["bad"] = step + 1, state["bad"] + 1 if metrics["skipped"] else 0
         if state["bad"] >= 5:
             fail(f"the loss or its gradient was not finite in 5 steps in a row (the last: step {step}); lower --lr, or "
                  f"resume from {folder}/state.pt")
-        if state["step"] % config.save_every == 0 or state["step"] == config.max_steps:
+        done = state["step"] == config.max_steps or 0 < config.max_tokens <= state["tokens"]
+        if done or state["step"] % config.save_every == 0:
             save()
+        if done:
+            break
     if psa is not None:
         state["cvae_report"]["latent_tv"] = latent_tv(model, tokenizer, psa, cvae, heldout[:32], config)
     summary = {"before": state["before"], "after": evaluate(model, tokenizer, heldout, config),
