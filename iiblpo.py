@@ -39,12 +39,10 @@ import torch
 import yaml
 from datasets import disable_progress_bars, load_dataset
 from tokenizers import Tokenizer, decoders, models
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache, GenerationConfig,
+                          LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -917,6 +915,15 @@ AttentionInterface.register("psa", psa_attention)
 AttentionMaskInterface.register("psa", sdpa_mask)
 
 
+def require_llama_like(model) -> None:
+    """Fail where branching cannot work: it needs model.layers with RMSNorm, a key/value cache, and full attention."""
+    norms = [getattr(layer, "input_layernorm", None) for layer in getattr(model.base_model, "layers", [])]
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if not norms or not all(hasattr(norm, "variance_epsilon") for norm in norms) or kinds != {"full_attention"}:
+        fail(f"I²B-LPO needs a decoder with model.layers, RMSNorm and full attention (Qwen2, Qwen3, Llama), not "
+             f"{type(model).__name__}; the baselines (--method grpo) take it")
+
+
 class PseudoSelfAttention(torch.nn.Module):
     """The projections of z into the policy, and `steer`, which attaches them for the length of a `with` block.
 
@@ -927,12 +934,7 @@ class PseudoSelfAttention(torch.nn.Module):
     def __init__(self, model, config):
         super().__init__()
         c, base = model.config, model.base_model
-        layers = getattr(base, "layers", [])
-        if not layers or not all(hasattr(layer.input_layernorm, "variance_epsilon") for layer in layers if hasattr(
-                layer, "input_layernorm")) or not hasattr(layers[0], "input_layernorm") or any(
-                kind != "full_attention" for kind in getattr(c, "layer_types", None) or []):
-            fail(f"I²B-LPO needs a decoder with model.layers, RMSNorm and full attention (Qwen2, Qwen3, Llama), not "
-                 f"{type(model).__name__}; use --branch_mode random or --method grpo")
+        layers = base.layers
         n = len(layers) if config.psa_layers == "all" else min(int(config.psa_layers), len(layers))
         self.mode, self.halflife, self.gamma = config.branch_mode, config.psa_halflife, config.psa_gamma
         self.first, self.z_dim, self.kv_heads = len(layers) - n, config.z_dim, c.num_key_value_heads
@@ -1077,6 +1079,13 @@ def answer_gain(model, tokenizer, trajectories: list[Trajectory], golds: list[st
         value |= zip(map(id, batch), ((logp * mask).sum(1) / mask.sum(1)).tolist())
     scores = torch.tensor([value[id(unique[(*p.prompt, -1, *p.response)])] for p in probes]).view(-1, 2)
     return scores[:, 0] - scores[:, 1]
+
+
+def ib_scores(model, tokenizer, trajectories: list[Trajectory], problems, config) -> torch.Tensor:
+    """S_IB of trajectories whose `group` is an index into problems, [B]."""
+    gain = answer_gain(model, tokenizer, trajectories, [problems[t.group][1] for t in trajectories], config)
+    entropy, ones = pad([t.entropy for t in trajectories]), pad([torch.ones(len(t.response)) for t in trajectories])
+    return trajectory_ib_score(gain, entropy, ones, torch.tensor([t.group for t in trajectories]), config.beta)
 
 
 def trajectory_ib_score(answer_gain, entropy, mask, groups, beta: float) -> torch.Tensor:
@@ -1315,30 +1324,19 @@ def explore(model, tokenizer, psa, cvae, problems, config) -> tuple[list[Traject
 
     At most as many tokens are sampled as `grpo` would with `rollouts` responses of the same mean length.
     """
-    candidates = rollout(model, tokenizer, problems, config.initial, config, keep=True)
-    spent = sum(len(t.response) for t in candidates)
+    candidates = kept = rollout(model, tokenizer, problems, config.initial, config, keep=True)
+    spent, families, log = sum(len(t.response) for t in candidates), [], defaultdict(list)
     budget = len(problems) * config.rollouts * spent / len(candidates) - spent
-    kept, log, lineage = list(candidates), defaultdict(list), []
     for _ in range(config.ib_rounds):
-        families = branch(model, tokenizer, psa, cvae, kept, config, budget)
-        for parent, children in zip(kept, families):
-            budget -= sum(len(t.response) - t.start for t in children)
-            if children:
-                lineage.append((parent, children))
-                at = children[0].start
-                log["branch_place"].append(at / len(parent.response))
-                log["branch_entropy_ratio"].append(parent.entropy[at].item() / max(parent.entropy.mean().item(), 1e-9))
-            log["sibling_similarity"] += [difflib.SequenceMatcher(None, a.response[a.start:], b.response[b.start:], False).ratio()
-                                          for a, b in itertools.combinations(children, 2)]
-        old, candidates = candidates, candidates + sum(families, [])
+        new = [(p, c) for p, c in zip(kept, branch(model, tokenizer, psa, cvae, kept, config, budget)) if c]
+        families += new
+        candidates = candidates + [t for _, children in new for t in children]
+        budget -= sum(len(t.response) - t.start for _, children in new for t in children)
         judge(candidates, problems)
-        gain = answer_gain(model, tokenizer, candidates, [problems[t.group][1] for t in candidates], config)
-        rewards, groups = (torch.tensor([getattr(t, name) for t in candidates]) for name in ("reward", "group"))
-        lengths = torch.tensor([len(t.response) for t in candidates])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        scores = trajectory_ib_score(gain, pad([t.entropy for t in candidates]), mask, groups, config.beta)
-        survivors = set(map(id, kept)) if config.filter_scope == "branches" else set()
-        indices = select_top_n(scores, rewards, lengths, groups, config.keep, [id(t) in survivors for t in candidates])
+        scores = ib_scores(model, tokenizer, candidates, problems, config)
+        rewards, groups, lengths = torch.tensor([(t.reward, t.group, len(t.response)) for t in candidates]).T
+        always = set(map(id, kept)) if config.filter_scope == "branches" else set()
+        indices = select_top_n(scores, rewards, lengths, groups, config.keep, [id(t) in always for t in candidates])
         kept = [candidates[i] for i in indices]
     if config.ib_reward:
         rewards = rewards + config.ib_reward * (scores - scores.mean()) / (scores.std() + 1e-4)
@@ -1346,20 +1344,37 @@ def explore(model, tokenizer, psa, cvae, problems, config) -> tuple[list[Traject
         set_advantages(candidates, rewards.tolist())
     else:
         set_advantages(kept, rewards[indices].tolist())
-    raw = {id(t): t.advantage for t in candidates}
-    if config.reweight:  # what is kept of each reward stands for all candidates of the prompt with that reward [O]
-        all_of, kept_of = (Counter((t.group, t.reward) for t in ts) for ts in (candidates, kept))
-        for t in kept:
-            t.advantage *= all_of[t.group, t.reward] / kept_of[t.group, t.reward]
-    if config.credit == "family":  # o_<t* is credited with what came of it in all its branches, not in its parent alone [O]
-        for parent, children in lineage:
-            parent.advantage = parent.advantage * torch.ones(len(parent.response))
-            parent.advantage[:children[0].start] = sum(raw[id(t)] for t in [parent, *children]) / (1 + len(children))
-    dropped = torch.ones(len(candidates), dtype=torch.bool).index_fill(0, torch.tensor(indices), False)
+    assign_credit(candidates, kept, families, config)
+    for parent, children in families:
+        at = children[0].start
+        log["branch_place"].append(at / len(parent.response))
+        log["branch_entropy_ratio"].append(parent.entropy[at].item() / max(parent.entropy.mean().item(), 1e-9))
+        log["sibling_similarity"] += [difflib.SequenceMatcher(None, a.response[at:], b.response[at:], False).ratio()
+                                      for a, b in itertools.combinations(children, 2)]
+    dropped = sorted(set(range(len(candidates))) - set(indices))
     return candidates, kept, {key: sum(v) / len(v) for key, v in log.items() if v} | {
         "gamma": psa.gamma if psa else 0.0, "kept": len(kept) / len(candidates),
         "kept_branches": sum(t.memory is None for t in kept) / len(kept), "ib_kept": scores[indices].mean().item(),
-        "ib_dropped": scores[dropped].mean().item() if dropped.any() else 0.0}
+        "ib_dropped": scores[dropped].mean().item() if dropped else 0.0}
+
+
+def assign_credit(candidates: list[Trajectory], kept: list[Trajectory], families, config) -> None:
+    """Two corrections of the kept trajectories' advantages, which arrive as floats. [O]
+
+    reweight: the filter looks at a*, so that among wrong ways it keeps those that were lucky, and what it drops would
+    never be punished. So the kept of a prompt with one reward stand for all of its candidates with that reward.
+    credit "family": tokens before t* get the sum of the advantages of all that went on from them, parent and branches.
+    This is the gradient of every branch trained in full, at the cost of training each token once.
+    """
+    advantage = {id(t): t.advantage for t in candidates}
+    if config.reweight:
+        all_of, kept_of = (Counter((t.group, t.reward) for t in ts) for ts in (candidates, kept))
+        for t in kept:
+            t.advantage *= all_of[t.group, t.reward] / kept_of[t.group, t.reward]
+    if config.credit == "family":
+        for parent, children in families:
+            parent.advantage = parent.advantage * torch.ones(len(parent.response))
+            parent.advantage[:children[0].start] = sum(advantage[id(t)] for t in [parent, *children])
 
 
 def collect(model, tokenizer, psa, cvae, problems, config, rng: random.Random) -> tuple[list[Trajectory], dict]:
@@ -1436,6 +1451,8 @@ def train(config: Config) -> dict:
     if config.kl > 0:
         reference, _ = load_policy(config)
     psa = cvae = None
+    if config.method == "iiblpo":
+        require_llama_like(model)
     if config.method == "iiblpo" and config.branch_mode != "random":
         psa = PseudoSelfAttention(model, config).to(model.device)
         cvae = LatentCVAE(model.config.hidden_size, config.z_dim).to(model.device)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 import time
@@ -829,7 +828,7 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
     """Ω, Î, Ĥ, S_IB, the selection, the loss and its gradient on a fixed batch of parents and steered branches."""
     model, tokenizer = small_model(), m.tiny_tokenizer()
     c, psa, cvae = steered(model, "--branches", 3, "--top_frac", 0.3, "--kappa", 0.2, "--beta", 0.7, "--method", "iiblpo",
-                           "--initial", 2, "--prompts_per_step", 2, "--micro_tokens", 90, "--max_grad_norm", 1e9)
+                           "--initial", 2, "--prompts_per_step", 2, "--micro_tokens", 90, "--max_grad_norm", 1e9)  # defaults of the rest
     problems, rng = [("1+2*3=", "7"), ("9-4=", "5")], random.Random(4)
     monkeypatch.setattr(m, "verify", lambda a, gold: rng.random() < 0.5)
     torch.manual_seed(8)
@@ -868,16 +867,30 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
     assert {id(candidates[i]) for i in expected} == set(map(id, kept)) and len(kept) == len(expected)
 
     monkeypatch.undo()
+    advantage, raw = {}, {}
+    for t in candidates:
+        peers = [p for p in candidates if p.group == t.group]
+        mean = sum(p.reward for p in peers) / len(peers)
+        raw[id(t)] = (t.reward - mean) / (math.sqrt(sum((p.reward - mean) ** 2 for p in peers) / len(peers)) + 1e-4)
+    for t in kept:
+        alike = [[p for p in ts if p.group == t.group and p.reward == t.reward] for ts in (candidates, kept)]
+        advantage[id(t)] = [raw[id(t)] * len(alike[0]) / len(alike[1])] * len(t.response)
+        if t.z is None:
+            children = [p for p in candidates if p.group == t.group and p.start and p.logps[:p.start].equal(t.logps[:p.start])]
+            assert len(children) in (0, 3)  # none where t* = 0
+            for i in range(children[0].start if children else 0):
+                advantage[id(t)][i] = sum(raw[id(p)] for p in [t, *children])
     for t in kept:  # the sampling policy was another one
         t.logps = t.logps + 0.3 * torch.randn(len(t.logps))
-    terms, rewarded, n = [], [], 0
+    terms, rewarded = [], []
     for t in kept:
-        if t.advantage:
+        A = advantage[id(t)]
+        if any(A):
             logp, H = slow_tokens(model, psa, t)
             for i in range(t.start, len(t.response)):
                 r = (logp[i] - t.logps[i]).exp()
-                terms.append(-torch.minimum(r * t.advantage, r.clamp(0.8, 1.2) * t.advantage))
-                rewarded.append(t.advantage * H[i])
+                terms.append(-torch.minimum(r * A[i], r.clamp(0.8, 1.2) * A[i]))
+                rewarded.append(A[i] * H[i])
     loss = sum(terms) / len(terms) - 0.2 * sum(rewarded) / len(rewarded)
     parameters = [*model.parameters(), *psa.parameters()]
     slow = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
@@ -970,14 +983,12 @@ def test_recording_costs_little_memory():
 def test_branching_from_the_cache_against_prefilling_again():
     """1,024-token prefixes, 6 layers 256 wide, 8 prompts x 4 branches x 32 new tokens."""
     model = small_model(hidden_size=256, intermediate_size=768, num_hidden_layers=6, head_dim=64, max_position_embeddings=2048,
-                        eos_token_id=None, initializer_range=0.02)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=17, pad_token_id=0)
-    model.lm_head.weight.data[17] = 0  # not tied any more in effect: EOS stays improbable either way
-    c, psa, _ = steered(model, "--max_new_tokens", 800, "--generate_tokens", 10 ** 9)
+                        initializer_range=0.02)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=99, pad_token_id=0)  # no response ends by itself
+    c, psa, _ = steered(model, "--max_new_tokens", 768, "--generate_tokens", 10 ** 9)
     tokenizer = m.tiny_tokenizer()
-    prefixes = [m.Trajectory([2 + (i * j) % 15 for j in range(1, 257)]) for i in range(1, 9)]
-    parents = [replace(t, response=(t.response + [3] * 768)[:768], logps=torch.zeros(768), entropy=torch.zeros(768))
-               for t in m.sample(model, tokenizer, prefixes, c, keep=True) ]
+    prompts = [m.Trajectory([2 + (i * j) % 15 for j in range(1, 257)]) for i in range(1, 9)]
+    parents = m.sample(model, tokenizer, prompts, c, keep=True)
     c.max_new_tokens = 800
     starts = [replace(t, z=torch.randn(4)) for t in parents for _ in range(4)]
 
