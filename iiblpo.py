@@ -1460,7 +1460,7 @@ def train(config: Config) -> dict:
     if psa is not None:
         parameters.append({"params": list(psa.parameters()), "scale": config.psa_lr})
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    state = {"step": 0, "bad": 0, "tokens": 0, "before": None, "cvae_report": None, "config": asdict(config)}
+    state = {"step": 0, "token": 0, "bad": 0, "before": None, "cvae_report": None, "config": asdict(config)}
     if config.resume:
         saved = torch.load(folder / "state.pt", map_location=model.device, weights_only=True)
         free = {"resume", "out", "max_steps", "max_tokens", "save_every", "config"}  # may change between the parts of a run
@@ -1487,9 +1487,10 @@ def train(config: Config) -> dict:
         if cvae is not None:
             pairs = cvae_pairs(model, tokenizer, problems, config, random.Random(config.seed))
             state["cvae_report"] = train_cvae(cvae, model, pairs, config)
-    bar = tqdm(range(state["step"], config.max_steps), initial=state["step"], total=config.max_steps, desc=config.method,
-               unit="step", disable=None)
-    for step in bar:
+    unit, total = ("token", config.max_tokens) if config.max_tokens else ("step", config.max_steps)
+    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token", disable=None)
+    while state["step"] < config.max_steps and (unit == "step" or state["token"] < total):
+        step = state["step"]
         # Every step seeds itself from (seed, step): a resumed run needs no saved random state to go on exactly.
         rng = random.Random(f"{config.seed} {step}")
         torch.manual_seed(rng.getrandbits(63))
@@ -1507,16 +1508,16 @@ def train(config: Config) -> dict:
         with log.open("a") as f:
             f.write(json.dumps({"step": step, **metrics}) + "\n")
         bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "eff_rate", "entropy")}, refresh=False)
-        state["tokens"] += metrics["tokens_sampled"]
-        state["step"], state["bad"] = step + 1, state["bad"] + 1 if metrics["skipped"] else 0
-        if state["bad"] >= 5:
+        bar.update(1 if unit == "step" else metrics["tokens_sampled"])
+        state |= {"step": step + 1, "token": state["token"] + metrics["tokens_sampled"],
+                  "bad": state["bad"] + 1 if metrics["skipped"] else 0}
+        if state["bad"] == 5:
             fail(f"the loss or its gradient was not finite in 5 steps in a row (the last: step {step}); lower --lr, or "
                  f"resume from {folder}/state.pt")
-        done = state["step"] == config.max_steps or 0 < config.max_tokens <= state["tokens"]
-        if done or state["step"] % config.save_every == 0:
+        if state["step"] % config.save_every == 0:
             save()
-        if done:
-            break
+    bar.close()
+    save()
     if psa is not None:
         state["cvae_report"]["latent_tv"] = latent_tv(model, tokenizer, psa, cvae, heldout[:32], config)
     summary = {"before": state["before"], "after": evaluate(model, tokenizer, heldout, config),

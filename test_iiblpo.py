@@ -53,7 +53,7 @@ def folder(tmp_path, monkeypatch):
 
 QUICK = ["--config", HERE / "tiny_config.yaml", "--model", "policy", "--prompts_per_step", 4, "--rollouts", 4, "--initial", 2,
          "--branches", 2, "--max_new_tokens", 12, "--eval_prompts", 4, "--eval_samples", 2, "--cvae_pairs", 40,
-         "--cvae_steps", 5, "--max_steps", 4, "--save_every", 2, "--lr", 1e-3]
+         "--cvae_steps", 5, "--max_steps", 4, "--max_tokens", 0, "--save_every", 2, "--lr", 1e-3]
 
 
 def prompts(*texts):
@@ -490,6 +490,12 @@ def test_a_resumed_run_gives_the_very_metrics_of_an_uninterrupted_one(folder, mo
     monkeypatch.setattr(m, "update", real)
     resumed = m.main([*flags, "--out", "part", "--resume"])
     assert metrics("part") == metrics("whole") and resumed["after"] == whole["after"]
+
+
+def test_max_tokens_ends_a_run(folder):
+    m.main(list(map(str, [*QUICK, "--method", "grpo", "--out", "a", "--max_steps", 99, "--max_tokens", 500])))
+    tokens = [x["tokens_sampled"] for x in metrics("a")]
+    assert sum(tokens[:-1]) < 500 <= sum(tokens) and torch.load("a/state.pt")["token"] == sum(tokens)
 
 
 def test_resume_and_existing_folders_are_guarded(folder, capsys):
