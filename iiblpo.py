@@ -386,7 +386,7 @@ def to_sympy(node: ast.AST):
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return sympy.Integer(node.value)
     if isinstance(node, ast.Name):
-        return sympy.pi if node.id == "pi" else sympy.Symbol(node.id, positive=True)
+        return sympy.pi if node.id == "pi" else sympy.Symbol(node.id)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         value = to_sympy(node.operand)
         return -value if isinstance(node.op, ast.USub) else value
@@ -418,8 +418,7 @@ def power(base, exponent):
 @functools.lru_cache(maxsize=4096)
 def parse_math(text: str):
     """The sympy value of a normalised answer, or None where it has none within the bounds."""
-    depth = max((text[:i].count("(") + text[:i].count("{") for i in range(len(text))), default=0)
-    if len(text) > 200 or depth > 30 or re.search(r"\d{100}", text):
+    if len(text) > 200 or text.count("(") + text.count("{") > 30 or re.search(r"\d{100}", text):
         return None
     try:
         return to_sympy(ast.parse(to_arithmetic(text), mode="eval").body)
@@ -435,8 +434,8 @@ def same_value(a: str, b: str) -> bool:
     if x.is_Rational and y.is_Rational:
         return x == y
     symbols = sorted(x.free_symbols | y.free_symbols, key=str)
-    for point in (1, 2, 3) if symbols else (1,):
-        at = {s: sympy.Float(f"0.{point}7{i}3", 30) + point for i, s in enumerate(symbols, 1)}
+    for point in (1, 2, -3) if symbols else (1,):
+        at = {s: sympy.Float(f"{point}.37{i}3", 30) for i, s in enumerate(symbols, 1)}
         p, q = (sympy.N(v.subs(at), 25, maxn=60) for v in (x, y))
         if not (p.is_number and q.is_number and p.is_finite and q.is_finite and abs(p - q) <= abs(p + q) * 1e-18 + 1e-40):
             return False
