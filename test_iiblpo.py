@@ -224,7 +224,7 @@ def fuzz(n, seed=0):
     seconds, golds = [], itertools.cycle(["3", r"\frac{1}{2}", "(1,2)", "x+1", "2^{10}", "50%"])
     for s in itertools.chain(HOSTILE, hostile_strings(n, seed)):
         start = time.perf_counter()
-        assert m.verify(s, next(golds)) in (True, False) and m.verify(m.extract_answer(s), s) in (True, False)
+        assert m.verify(s, next(golds)) in (True, False)
         seconds.append(time.perf_counter() - start)
     assert not Path("/tmp/owned").exists()
     return sorted(seconds)
@@ -965,7 +965,7 @@ def test_grpo_step_against_trl(tmp_path, monkeypatch, operands, limit):
 
 
 MEMORY = """
-import resource, sys, torch, transformers, iiblpo as m
+import re, sys, torch, transformers, iiblpo as m
 model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=151_936, hidden_size=128, intermediate_size=256,
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, bos_token_id=None, pad_token_id=0)).eval()
 recorder = m.Recorder()
@@ -973,13 +973,13 @@ out = model.generate(torch.ones(16, 32, dtype=torch.long), max_new_tokens=64, do
                      logits_processor=[recorder] if sys.argv[1] == "recorded" else [])
 if sys.argv[1] == "recorded":
     assert [x.shape for x in recorder.finish(out[:, 32:])] == [(16, 64)] * 2
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # ru_maxrss would be at least the parent's
 """
 
 
 @pytest.mark.benchmark
 def test_recording_costs_little_memory():
-    """Peak memory of a process that samples B = 16, T = 64 at V = 151,936, with and without the recorder."""
+    """Peak memory of a process that samples B = 16, T = 64 at V = 151,936, with and without the recorder (Linux)."""
     peak = {how: sorted(int(subprocess.run([sys.executable, "-c", MEMORY, how], capture_output=True, text=True, check=True,
                                            cwd=HERE).stdout) for _ in range(3))[1] for how in ("bare", "recorded")}
     print(f"\nrecorded {peak['recorded'] / 1024:.0f} MiB, bare {peak['bare'] / 1024:.0f} MiB, {peak['recorded'] / peak['bare'] - 1:+.1%}")
