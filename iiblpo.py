@@ -34,10 +34,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, Optional
 
+import datasets
 import sympy
 import torch
 import yaml
-from datasets import disable_progress_bars, load_dataset
+from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -50,7 +51,7 @@ from transformers.utils import logging
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-disable_progress_bars()
+datasets.disable_progress_bars()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration. The defaults are for a real model; tiny_config.yaml holds what the tiny task does differently.
@@ -158,6 +159,16 @@ def fail(message: str):
     """End the program with one clear line on stderr and exit code 2: for mistakes that the user can mend."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def reachable(name: str, kind: str) -> bool:
+    """Whether the hub answers for a "model" or "dataset". If not, only what is cached is loaded: with no network, or
+    HF_HUB_OFFLINE=1, or a wrong name, that fails at once instead of after minutes of retries.
+    """
+    try:
+        return not Path(name).exists() and bool(HfApi().repo_info(name, repo_type=kind, timeout=10))
+    except Exception:
+        return False
 
 
 def one_line(error: Exception) -> str:
@@ -277,7 +288,8 @@ def load_problems(config) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]
     path, subset, splits, columns = ("parquet" if name.endswith("parquet") else "json", None, ["train"], (
         config.question_column, config.answer_column)) if local else DATASETS[name]
     try:
-        sides = [load_dataset(path, subset, split=s, data_files=name if local else None) for s in splits]
+        datasets.config.HF_HUB_OFFLINE |= not local and not reachable(path, "dataset")
+        sides = [datasets.load_dataset(path, subset, split=s, data_files=name if local else None) for s in splits]
     except Exception as e:  # whatever a hub, a network or a parser raises, the user gets one line
         fail(f"cannot load the dataset {name}: {one_line(e)}")
     sides = [read_rows(side, *columns, name) for side in sides]
@@ -410,8 +422,9 @@ def power(base, exponent):
     if exponent.is_number and (abs(exponent) > 200 or base.is_Rational
                                and abs(exponent) * max(abs(base.p), base.q).bit_length() > 700):
         raise ValueError("too large")
-    if exponent.is_Rational and exponent.q > 1 and base.is_Rational and max(abs(base.p), base.q) > 10 ** 12:
-        raise ValueError("too large a radicand")  # sympy would factor it
+    if exponent.is_Rational and exponent.q > 1 and (exponent.q > 100 or base.is_Rational and
+                                                    max(abs(base.p), base.q) > 10 ** 12):
+        raise ValueError("too large a root")  # sympy would factor it
     return base ** exponent
 
 
@@ -509,10 +522,11 @@ def load_policy(config) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
         organisation = ORGANISATIONS.get(re.match("[a-z]*", name.lower())[0])
         name = f"{organisation}/{name}" if organisation else name
     try:
-        # tokenizer.json as it is; AutoTokenizer may put the stock tokenizer of the model's family in its place
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, padding_side="left")
+        offline = not reachable(name, "model")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
-                                                     trust_remote_code=False)
+                                                     trust_remote_code=False, local_files_only=offline)
+        # tokenizer.json as it is; AutoTokenizer may put the stock tokenizer of the model's family in its place
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, padding_side="left", local_files_only=offline)
     except Exception as e:  # whatever a hub, a network or a file raises, the user gets one line
         fail(f"cannot load the model {name}: {one_line(e)}")
     eos = model.generation_config.eos_token_id or tokenizer.eos_token_id  # a list for many chat models
@@ -525,7 +539,7 @@ def load_policy(config) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
     # A model's own defaults (top-k 20, top-p 0.8, ...) would bend the distribution that the log-probs are taken of.
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.to(device).eval(), tokenizer
 
 
@@ -729,7 +743,7 @@ def token_logps(model, batch: list[Trajectory]) -> tuple[torch.Tensor, torch.Ten
     t = torch.arange(int(end.max()), device=ids.device)
     mask = (own <= t) & (t < end)  # [B, T]
     rows, t = mask.nonzero(as_tuple=True)
-    columns = starts[rows] + t
+    columns = starts[rows] + t  # of o_t, which is chosen by the state before it
 
     def score(states, targets):
         logits = model.get_output_embeddings()(states).float()
@@ -738,11 +752,9 @@ def token_logps(model, batch: list[Trajectory]) -> tuple[torch.Tensor, torch.Ten
     with autocast(model):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, S, H]
         n = max(1, LOGITS // model.config.vocab_size)
-        chunks = list(zip(hidden[rows, columns - 1].split(n), ids[rows, columns].split(n)))  # o_t is chosen at t - 1
-        if len(chunks) > 1 and torch.is_grad_enabled():
-            parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-        else:
-            parts = [score(*chunk) for chunk in chunks]
+        chunks = list(zip(hidden[rows, columns - 1].split(n), ids[rows, columns].split(n)))
+        again = functools.partial(checkpoint, score, use_reentrant=False)
+        parts = [again(*c) if len(chunks) > 1 and torch.is_grad_enabled() else score(*c) for c in chunks]
     flat = [torch.cat(x) for x in zip(*parts)]
     logp, entropy = (torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, x) for x in flat)
     return logp, entropy, mask
@@ -932,11 +944,10 @@ class PseudoSelfAttention(torch.nn.Module):
 
     def __init__(self, model, config):
         super().__init__()
-        c, base = model.config, model.base_model
-        layers = base.layers
-        n = len(layers) if config.psa_layers == "all" else min(int(config.psa_layers), len(layers))
+        c, total = model.config, len(model.base_model.layers)
+        n = total if config.psa_layers == "all" else min(int(config.psa_layers), total)
         self.mode, self.halflife, self.gamma = config.branch_mode, config.psa_halflife, config.psa_gamma
-        self.first, self.z_dim, self.kv_heads = len(layers) - n, config.z_dim, c.num_key_value_heads
+        self.first, self.z_dim, self.kv_heads = total - n, config.z_dim, c.num_key_value_heads
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         if self.mode == "psa":
             self.to_kv = torch.nn.Linear(self.z_dim, n * 2 * self.kv_heads * head, bias=False)  # W_K, W_V
@@ -958,24 +969,25 @@ class PseudoSelfAttention(torch.nn.Module):
         if self.gamma == 0 or not has.any():
             yield
             return
+        base, hooks, implementation = model.base_model, [], model.config._attn_implementation
         z = self.gamma * torch.stack([torch.zeros(self.z_dim) if t.z is None else t.z for t in batch]).to(model.device)
         if decoding:
             age = torch.zeros(len(batch), 1, device=model.device)
+            hooks.append(base.register_forward_hook(lambda *_: (age.add_(1), None)[1]))
         else:
             born = torch.tensor([len(t.prompt) + t.start - 1 for t in batch], device=model.device)
             age = torch.arange(max(len(t.prompt) + len(t.response) for t in batch), device=model.device) - born[:, None]
-        visible = has & (age >= 0)
+        visible = has & (age >= 0)  # [B, Q]
 
-        def strength():  # [B, Q, 1]
-            decay = 0.5 ** (age.clamp(min=0) / self.halflife) if self.halflife else 1.0
-            return (visible * decay)[..., None]
-
-        def modulate(delta, norm, args, output):  # (w + δ) x̂ = output + δ x̂, δ [B, H]
+        def modulate(delta, norm, args, output):  # (w + δ) x̂ = w x̂ + δ x̂, δ [B, H]
             x = args[0].float()
-            normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-            return output + (strength() * delta[:, None] * normed).to(output.dtype)
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+            strength = visible * 0.5 ** (age.clamp(min=0) / (self.halflife or math.inf))
+            return output + (strength[..., None] * delta[:, None] * x).to(output.dtype)
 
-        base, hooks, implementation = model.base_model, [], model.config._attn_implementation
+        def shift(x):
+            return x + (visible[..., None] * self.to_hidden(z)[:, None]).to(x.dtype)
+
         try:
             if self.mode == "psa":
                 layers = base.layers[self.first:]
@@ -985,24 +997,17 @@ class PseudoSelfAttention(torch.nn.Module):
                 for layer, slot, delta in zip(layers, kv, deltas):
                     layer.self_attn.slot = (slot[:, 0], slot[:, 1], visible)
                     hooks.append(layer.input_layernorm.register_forward_hook(functools.partial(modulate, delta)))
+            elif self.mode == "input":
+                hooks.append(base.layers[0].register_forward_pre_hook(lambda layer, args: (shift(args[0]), *args[1:])))
             else:
-                delta = self.to_hidden(z)[:, None]
-                if self.mode == "input":
-                    hooks.append(base.layers[0].register_forward_pre_hook(
-                        lambda layer, args: (args[0] + (visible[..., None] * delta).to(args[0].dtype), *args[1:])))
-                else:
-                    hooks.append(base.norm.register_forward_hook(
-                        lambda norm, args, output: output + (visible[..., None] * delta).to(output.dtype)))
-            if decoding:
-                hooks.append(base.register_forward_hook(lambda *_: (age.add_(1), None)[1]))
+                hooks.append(base.norm.register_forward_hook(lambda norm, args, output: shift(output)))
             yield
         finally:
             model.config._attn_implementation = implementation
             for hook in hooks:
                 hook.remove()
             for layer in base.layers:
-                if hasattr(layer.self_attn, "slot"):
-                    del layer.self_attn.slot
+                layer.self_attn.__dict__.pop("slot", None)
 
 
 def psa_gamma(step: int, config) -> float:

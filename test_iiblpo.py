@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -109,6 +110,16 @@ def test_cuda_asked_for_and_absent(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert "no CUDA GPU" in refused(capsys, "--device", "cuda")
+
+
+def test_what_the_readme_names_exists():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    for command in re.findall(r"python iiblpo\.py((?: --\w+(?: [\w.][^\s`|]*)*)*)", text):
+        if "--help" not in command and "FOLDER" not in command:
+            config(*command.split())
+    rows = [line.split("|")[3] for line in text.split("## The method")[1].split("\n## ")[0].splitlines() if line.count("|") == 4]
+    names = re.findall(r"`(\w+)`", "".join(rows))
+    assert len(names) > 12 and all(hasattr(m, name) for name in names)
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------
@@ -417,11 +428,11 @@ def test_logits_in_chunks_and_gradient_checkpointing_change_nothing(monkeypatch)
     batch = batch_for_update(model)
     for chunked, checkpointed in itertools.product((False, True), repeat=2):
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         monkeypatch.setattr(m, "LOGITS", 300 if chunked else 2 ** 25)
         grab = Grab(model)
         m.update(model, grab, batch, config("--max_grad_norm", 1e9, "--gradient_checkpointing", checkpointed))
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         grads += grab.grads
     for g in grads[1:]:
         assert (g - grads[0]).norm() / grads[0].norm() < 1e-5
