@@ -102,7 +102,7 @@ class Config:
     cvae_steps: int = HfArg(default=500, help="its training steps")
     cvae_refresh: int = HfArg(default=0, help="train it again every so many RL steps, on correct rollouts; 0: frozen")
     # stage 2: information bottleneck
-    keep: Optional[int] = HfArg(default=None, help="N: branches kept of a prompt (default: half)")
+    keep: Optional[int] = HfArg(default=None, help="N: branches kept of a prompt (default: half; 0: all)")
     beta: float = HfArg(default=1.0, help="beta: weight of the answer gain against the entropy in S_IB")
     filter_scope: Literal["branches", "all"] = HfArg(default="branches", help="all: initial rollouts can be dropped, too")
     baseline: Literal["candidates", "kept"] = HfArg(default="candidates", help="whose rewards the advantage is relative to")
@@ -141,8 +141,8 @@ class Config:
                 fail(f"{name} must be at least 1, not {getattr(self, name)}")
         if len(self.operands) != 2 or not 2 <= self.operands[0] <= self.operands[1]:
             fail(f"operands must be two numbers, 2 <= fewest <= most, not {self.operands}")
-        self.keep = math.ceil(self.initial * self.branches / 2) if self.keep is None else self.keep
         candidates = self.initial * (self.branches + (self.filter_scope == "all"))
+        self.keep = math.ceil(candidates / 2) if self.keep is None else self.keep or candidates
         if not 1 <= self.keep <= candidates:
             fail(f"keep must be from 1 to the {candidates} candidates of a prompt, not {self.keep}")
         if not 0 < self.top_frac <= 1:

@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
 
 QUICK = ["--config", HERE / "tiny_config.yaml", "--model", "policy", "--prompts_per_step", 4, "--rollouts", 4, "--initial", 2,
          "--branches", 2, "--max_new_tokens", 12, "--eval_prompts", 4, "--eval_samples", 2, "--cvae_pairs", 40,
-         "--cvae_steps", 5, "--max_steps", 4, "--max_tokens", 0, "--save_every", 2, "--lr", 1e-3]
+         "--cvae_steps", 5, "--keep", 2, "--max_steps", 4, "--max_tokens", 0, "--save_every", 2, "--lr", 1e-3]
 
 
 def prompts(*texts):
@@ -95,7 +95,7 @@ def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
 
 @pytest.mark.parametrize("flags, message", [
     (["--max_step", 3], "did you mean max_steps?"), (["--lr", "x"], "--lr"), (["--rollouts", 0], "rollouts must be at least 1"),
-    (["--operands", 5, 3], "operands"), (["--keep", 99], "keep must be from 1 to the 4 candidates"), (["--keep", 0], "keep"),
+    (["--operands", 5, 3], "operands"), (["--keep", 99], "keep must be from 1 to the 4 candidates"), (["--keep", -1], "keep"),
     (["--branches", 0], "branches must be at least 1"), (["--top_frac", 0], "top_frac"), (["--top_frac", 1.1], "top_frac"),
     (["--psa_layers", "two"], "psa_layers"), (["--prompt", "hi"], "{question}"), (["--config", "nowhere.yaml"], "nowhere.yaml"),
     (["--resume"], "nothing to resume"), (["--dataset", "gsm9k"], "did you mean gsm8k?"), (["--max_new_tokens", 9999], "context"),
@@ -846,7 +846,7 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
     """Ω, Î, Ĥ, S_IB, the selection, the loss and its gradient on a fixed batch of parents and steered branches."""
     model, tokenizer = small_model(), m.tiny_tokenizer()
     c, psa, cvae = steered(model, "--branches", 3, "--top_frac", 0.3, "--kappa", 0.2, "--beta", 0.7, "--method", "iiblpo",
-                           "--initial", 2, "--prompts_per_step", 2, "--micro_tokens", 90, "--max_grad_norm", 1e9)  # defaults of the rest
+                           "--initial", 2, "--keep", 3, "--prompts_per_step", 2, "--micro_tokens", 90, "--max_grad_norm", 1e9)  # defaults of the rest
     problems, rng = [("1+2*3=", "7"), ("9-4=", "5")], random.Random(4)
     monkeypatch.setattr(m, "verify", lambda a, gold: rng.random() < 0.5)
     torch.manual_seed(8)
@@ -920,7 +920,7 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
 
 def test_at_the_first_update_the_ratio_is_one_and_psa_learns():
     model, tokenizer = small_model(), m.tiny_tokenizer()
-    c, psa, cvae = steered(model, "--branches", 3, "--initial", 2)
+    c, psa, cvae = steered(model, "--branches", 3, "--initial", 2, "--keep", 3)
     candidates, kept, log = m.explore(model, tokenizer, psa, cvae, [("1+2*3=", "7"), ("9-4=", "5")], c)
     for t, a in zip(kept, torch.randn(len(kept)).tolist()):
         t.advantage = a
