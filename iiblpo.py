@@ -65,7 +65,7 @@ class Config:
     config: Optional[str] = HfArg(default=None, help="YAML file of these fields; flags win (tiny: tiny_config.yaml)")
     method: Literal["iiblpo", "grpo", "dapo", "entropy_reg"] = HfArg(default="iiblpo", help="the method, or a baseline")
     max_steps: int = HfArg(default=200, help="RL steps, one batch of prompts each")
-    max_tokens: int = HfArg(default=0, help="stop once this many tokens have been sampled, to compare at equal cost; 0: never")
+    max_tokens: int = HfArg(default=0, help="stop when this many tokens have been sampled; 0: never")
     seed: int = HfArg(default=0, help="of problems, sampling and training; the warm start is the same for every seed")
     out: Optional[str] = HfArg(default=None, help="output folder (default: the next free runs/METHOD-SEED-N)")
     resume: bool = HfArg(default=False, help="go on from OUT/state.pt")
@@ -106,7 +106,8 @@ class Config:
     beta: float = HfArg(default=1.0, help="beta: weight of the answer gain against the entropy in S_IB")
     filter_scope: Literal["branches", "all"] = HfArg(default="branches", help="all: initial rollouts can be dropped, too")
     baseline: Literal["candidates", "kept"] = HfArg(default="candidates", help="whose rewards the advantage is relative to")
-    credit: Literal["own", "family"] = HfArg(default="family", help="advantage of tokens before a branch point: x, or family mean")
+    credit: Literal["own", "family"] = HfArg(
+        default="family", help="advantage of the tokens before a branch point: their own response's, or the family's sum")
     reweight: bool = HfArg(default=True, help="each kept response stands for the dropped ones with its reward, too")
     ib_rounds: int = HfArg(default=1, help="times stage 1 and 2 are gone through, from the survivors")
     kappa: float = HfArg(default=0.005, help="weight of the IB self-reward in the loss")
@@ -135,8 +136,8 @@ class Config:
         if self.entropy_bonus is None:
             self.entropy_bonus = 0.003 if self.method == "entropy_reg" else 0.0
         for name in ("max_steps", "save_every", "prompts_per_step", "rollouts", "max_new_tokens", "generate_tokens",
-                     "updates_per_step", "micro_tokens", "eval_prompts", "eval_samples", "warm_steps", "warm_batch", "initial",
-                     "branches", "ib_rounds", "z_dim", "cvae_steps"):
+                     "updates_per_step", "micro_tokens", "eval_prompts", "eval_samples", "warm_steps", "warm_batch",
+                     "initial", "branches", "ib_rounds", "z_dim", "cvae_steps"):
             if getattr(self, name) < 1:
                 fail(f"{name} must be at least 1, not {getattr(self, name)}")
         if len(self.operands) != 2 or not 2 <= self.operands[0] <= self.operands[1]:
@@ -145,6 +146,8 @@ class Config:
         self.keep = math.ceil(candidates / 2) if self.keep is None else self.keep or candidates
         if not 1 <= self.keep <= candidates:
             fail(f"keep must be from 1 to the {candidates} candidates of a prompt, not {self.keep}")
+        if self.method == "iiblpo" and self.initial >= self.rollouts:
+            fail(f"initial ({self.initial}) must be below rollouts ({self.rollouts}), the budget it shares with branches")
         if not 0 < self.top_frac <= 1:
             fail(f"top_frac must be above 0 and at most 1, not {self.top_frac}")
         if self.psa_layers != "all" and not (self.psa_layers.isdigit() and int(self.psa_layers)):
@@ -186,7 +189,8 @@ def parse_config(cls: type, script: str, argv: list[str] | None = None):
     parser.description, parser.error = (sys.modules[cls.__module__].__doc__ or "").splitlines()[0], fail
 
     def unknown(key):
-        fail(f"unknown setting {key}; did you mean {difflib.get_close_matches(key.strip('-').split('=')[0], names, 1, 0)[0]}?")
+        near = difflib.get_close_matches(key.strip("-").split("=")[0], names, 1, 0)[0]
+        fail(f"unknown setting {key}; did you mean {near}?")
 
     argv = sys.argv[1:] if argv is None else list(argv)
     given, _ = parser.parse_known_args(argv)
@@ -303,10 +307,11 @@ def load_problems(config) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]
 
 
 def read_rows(rows, question: str, answer: str, name: str) -> list[tuple[str, str]]:
-    """(question, final answer) pairs of a `datasets` table, without duplicates; fails where a column or answer is missing."""
+    """(question, final answer) pairs of a `datasets` table, each once; fails where a column or an answer is missing."""
     for column in (question, answer):
         if column not in rows.column_names:
-            fail(f"{name} has no column {column!r}, only {', '.join(rows.column_names)} (--question_column, --answer_column)")
+            fail(f"{name} has no column {column!r}, only {', '.join(rows.column_names)}; see --question_column and "
+                 "--answer_column")
     pairs = {}
     for i, (q, a) in enumerate(zip(rows[question], rows[answer])):
         q, a = ("" if x is None else str(x).strip() for x in (q, a))
@@ -349,10 +354,11 @@ def extract_answer(text: str) -> str | None:
 
 
 SPELLINGS = [  # LaTeX and typography to plain text, in this order
-    (r"\\(?:left|right|displaystyle|[!,;: ]|quad)(?![A-Za-z])|\\[()\[\]]|\\?\$|~|\s+$|^\s+", " "), (r"\\[dtc]frac", r"\\frac"),
-    ("−|–", "-"), (r"×|·|\\times|\\cdot", "*"), (r"÷|\\div", "/"), ("π|\\\\pi(?![A-Za-z])", " pi "), ("²", "^2"), ("³", "^3"),
+    (r"\\(?:left|right|displaystyle|[!,;: ]|quad)(?![A-Za-z])|\\[()\[\]]|\\?\$|~|\s+$|^\s+", " "),
+    (r"\\[dtc]frac", r"\\frac"), ("−|–", "-"), (r"×|·|\\times|\\cdot", "*"), (r"÷|\\div", "/"), ("π|\\\\pi(?![A-Za-z])", " pi "), ("²", "^2"), ("³", "^3"),
     (r"\\infty|∞", " oo "), (r"\^\s*\{?\s*\\circ\s*\}?|°", ""), (r"\\%", "%"), (r"√\s*(\d+)", r"\\sqrt{\1}"),
-    (r"(?<=[\d)}])\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?", ""), (r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
+    (r"(?<=[\d)}])\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?", ""),
+    (r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"), (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
     (r"(\d)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1 \2/\3"), (r"(?<![\d.])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"),
     (r"^\s*[A-Za-z]\s*(?:=|\\in)(?!=)", ""), (r"(\d)\s+(?!pi|oo)[A-Za-z]{2,}[A-Za-z .^/23]*$", r"\1"), (r"\.\s*$", "")]
@@ -384,7 +390,7 @@ def to_arithmetic(text: str) -> str:
         raise ValueError(text)
     out = []
     for token in re.findall(r"\d+(?:\.\d*)?|\.\d+|sqrt|pi|oo|[A-Za-z]|\*\*|[-+*/^().]", text):
-        if out and out[-1] not in ("+", "-", "*", "/", "**", "(", "sqrt") and token not in ("+", "-", "*", "/", "^", "**", ")"):
+        if out and out[-1] not in "+ - * / ** ( sqrt".split() and token not in "+ - * / ^ ** )".split():
             out.append("*")  # 2x, 3(x+1), 2 pi: an operator is implied
         if token[0].isdigit() or token[0] == ".":  # decimals as exact fractions
             whole, _, decimals = token.partition(".")
@@ -488,7 +494,8 @@ def verify(answer: str | None, gold: str) -> bool:
             return bool(a) and bool(b) and a.isascii() and b.isascii() and int(a) == int(b)
         if a.endswith("%") or b.endswith("%"):
             x, y = a.rstrip("% "), b.rstrip("% ")
-            return same_value(x, y) or a[-1] != b[-1] and same_value(*((f"({x})/100", y) if a[-1] == "%" else (x, f"({y})/100")))
+            hundredth = (f"({x})/100", y) if a[-1] == "%" else (x, f"({y})/100")
+            return same_value(x, y) or a[-1] != b[-1] and same_value(*hundredth)
         if same_value(a, b):
             return True
         (kind_a, left), (kind_b, right) = split_list(a), split_list(b)
@@ -568,9 +575,10 @@ def warm_start(config, device: str) -> Path:
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).to(device)
-        inner = {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
-        optimizers = [torch.optim.Muon([p for n, p in model.named_parameters() if n in inner], lr=0.02, weight_decay=0.0),
-                      torch.optim.AdamW([p for n, p in model.named_parameters() if n not in inner], lr=3e-3, weight_decay=0.0)]
+        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+        others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+        optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
+                      torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
         schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 50) * (1 - s / config.warm_steps))
                      for o in optimizers]
         pool = []
@@ -669,7 +677,8 @@ def sample(model, tokenizer, starts: list[Trajectory], config, greedy=False, ste
     result = [None] * len(starts)
     stop = model.generation_config.eos_token_id
     stop = set(stop if isinstance(stop, list) else [stop])
-    for rows in micro_batches(range(len(starts)), config.generate_tokens, lambda i: len(starts[i].prompt) + config.max_new_tokens):
+    lengths = [len(s.prompt) + config.max_new_tokens for s in starts]
+    for rows in micro_batches(range(len(starts)), config.generate_tokens, lengths.__getitem__):
         batch, states, recorder = [starts[i] for i in rows], [], Recorder()
         inputs = tokenizer.pad({"input_ids": [s.prompt + s.response for s in batch]}, return_tensors="pt").to(model.device)
         width, room = inputs["input_ids"].shape[1], [config.max_new_tokens - len(s.response) for s in batch]
@@ -688,9 +697,9 @@ def sample(model, tokenizer, starts: list[Trajectory], config, greedy=False, ste
         for j, (i, tokens, logp, h) in enumerate(zip(rows, new.tolist(), *recorder.finish(new))):
             s, end = starts[i], next((t + 1 for t, token in enumerate(tokens) if token in stop), math.inf)
             n = min(end, len(tokens), room[j])
-            result[i] = replace(s, response=s.response + tokens[:n], logps=torch.cat([s.logps, logp[:n]]),
-                                entropy=torch.cat([s.entropy, h[:n]]), start=len(s.response), complete=end <= room[j],
-                                memory=(out.past_key_values, states, j, width - len(s.prompt + s.response)) if keep else None)
+            memory = (out.past_key_values, states, j, width - len(s.prompt + s.response)) if keep else None
+            result[i] = replace(s, response=s.response + tokens[:n], logps=torch.cat([s.logps, logp[:n]]), memory=memory,
+                                entropy=torch.cat([s.entropy, h[:n]]), start=len(s.response), complete=end <= room[j])
     for t, text in zip(result, tokenizer.batch_decode([t.response for t in result], skip_special_tokens=True)):
         t.text = text
     return result
@@ -1030,7 +1039,7 @@ def prefix_features(model, starts: list[Trajectory]) -> torch.Tensor:
     return torch.stack(result)
 
 
-def branch(model, tokenizer, psa, cvae, parents: list[Trajectory], config, budget: float = math.inf) -> list[list[Trajectory]]:
+def branch(model, tokenizer, psa, cvae, parents: list[Trajectory], config, budget=math.inf) -> list[list[Trajectory]]:
     """K branches from t* of every parent, each with a latent of its own from p_ψ(z | c): a list for each parent.
 
     Stops where all branches so far are expected to have sampled `budget` tokens, a parent's first branch before any
@@ -1080,7 +1089,7 @@ def answer_gain(model, tokenizer, trajectories: list[Trajectory], golds: list[st
     value = {}
     for batch in micro_batches(unique.values(), config.micro_tokens):
         logp, _, mask = token_logps(model, batch)
-        value |= zip(map(id, batch), ((logp * mask).sum(1) / mask.sum(1)).tolist())
+        value |= zip(map(id, batch), ((logp * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist())
     scores = torch.tensor([value[id(unique[(*p.prompt, -1, *p.response)])] for p in probes]).view(-1, 2)
     return scores[:, 0] - scores[:, 1]
 

@@ -96,7 +96,7 @@ def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
 @pytest.mark.parametrize("flags, message", [
     (["--max_step", 3], "did you mean max_steps?"), (["--lr", "x"], "--lr"), (["--rollouts", 0], "rollouts must be at least 1"),
     (["--operands", 5, 3], "operands"), (["--keep", 99], "keep must be from 1 to the 4 candidates"), (["--keep", -1], "keep"),
-    (["--branches", 0], "branches must be at least 1"), (["--top_frac", 0], "top_frac"), (["--top_frac", 1.1], "top_frac"),
+    (["--initial", 4], "below rollouts (4)"), (["--branches", 0], "branches must be at least 1"), (["--top_frac", 0], "top_frac"), (["--top_frac", 1.1], "top_frac"),
     (["--psa_layers", "two"], "psa_layers"), (["--prompt", "hi"], "{question}"), (["--config", "nowhere.yaml"], "nowhere.yaml"),
     (["--resume"], "nothing to resume"), (["--dataset", "gsm9k"], "did you mean gsm8k?"), (["--max_new_tokens", 9999], "context"),
     (["--model", "no/such-model", "--dataset", "chain"], "cannot load the model no/such-model"), (["--dataset", "none.jsonl"], "no such file: none.jsonl")])
