@@ -547,7 +547,15 @@ def load_policy(config) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    with torch.no_grad():  # what token_logps relies on
+        ids = torch.tensor([tokenizer("1+1").input_ids or [0]], device=device)
+        logits, states = model(ids).logits, model.base_model(ids).last_hidden_state
+        if not logits.isfinite().all():
+            fail(f"the weights of {name} give logits that are not finite")
+        if not logits.allclose(model.get_output_embeddings()(states), atol=1e-3):
+            fail(f"{name} ({type(model).__name__}) scales or caps its logits, which is not supported")
+    return model, tokenizer
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

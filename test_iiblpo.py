@@ -585,6 +585,7 @@ def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeyp
     (lambda: Path("policy/model.safetensors").write_bytes(b"no"), "cannot load the model policy"),
     (lambda: Path("policy/tokenizer.json").unlink(), "cannot load the model policy"),
     (lambda: small_model(vocab_size=9).save_pretrained("policy"), "more tokens (18)"),
+    (lambda: small_model(initializer_range=math.inf).save_pretrained("policy"), "not finite"),
     (lambda: [small_model(eos_token_id=None).save_pretrained("policy"), Path("policy/generation_config.json").unlink(),
               transformers.PreTrainedTokenizerFast(tokenizer_object=m.tiny_tokenizer().backend_tokenizer).save_pretrained("policy")],
      "no end-of-sequence token")])
@@ -771,6 +772,14 @@ def test_other_architectures_are_refused(folder, capsys):
     c = transformers.GPT2Config(vocab_size=18, n_embd=32, n_layer=2, n_head=2, eos_token_id=1, bos_token_id=1)
     transformers.GPT2LMHeadModel(c).save_pretrained("policy")
     assert "not GPT2LMHeadModel" in refused(capsys, *QUICK)
+    assert m.main(list(map(str, [*QUICK, "--method", "grpo", "--max_steps", 1])))["after"]  # the baselines take it
+
+
+def test_logits_that_are_not_a_linear_map_of_the_last_state_are_refused(folder, capsys):
+    c = transformers.GraniteConfig(vocab_size=18, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                   num_key_value_heads=2, logits_scaling=8.0, eos_token_id=1, bos_token_id=1, pad_token_id=0)
+    transformers.GraniteForCausalLM(c).save_pretrained("policy")
+    assert "scales or caps its logits" in refused(capsys, *QUICK, "--method", "grpo")
 
 
 # ---- stage 2: information bottleneck --------------------------------------------------------------------------------
