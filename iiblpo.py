@@ -60,6 +60,7 @@ datasets.disable_progress_bars()
 
 @dataclass
 class Config:
+    """All settings: each field is a flag and a line of a YAML file; its help says what it does."""
     # the run
     model: str = HfArg(default="tiny", help="hub name, short name (Qwen2.5-0.5B) or local folder; tiny: the tiny policy")
     config: Optional[str] = HfArg(default=None, help="YAML file of these fields; flags win (tiny: tiny_config.yaml)")
@@ -1373,10 +1374,13 @@ def explore(model, tokenizer, psa, cvae, problems, config) -> tuple[list[Traject
         log["sibling_similarity"] += [difflib.SequenceMatcher(None, a.response[at:], b.response[at:], False).ratio()
                                       for a, b in itertools.combinations(children, 2)]
     dropped = sorted(set(range(len(candidates))) - set(indices))
-    return candidates, kept, {key: sum(v) / len(v) for key, v in log.items() if v} | {
+    metrics = {key: sum(v) / len(v) for key, v in log.items() if v} | {
         "gamma": psa.gamma if psa else 0.0, "kept": len(kept) / len(candidates),
         "kept_branches": sum(t.memory is None for t in kept) / len(kept), "ib_kept": scores[indices].mean().item(),
         "ib_dropped": scores[dropped].mean().item() if dropped else 0.0}
+    for t in candidates:
+        t.memory = None  # the parents' caches would otherwise sit beside the update's activations
+    return candidates, kept, metrics
 
 
 def assign_credit(candidates: list[Trajectory], kept: list[Trajectory], families, config) -> None:
@@ -1385,7 +1389,7 @@ def assign_credit(candidates: list[Trajectory], kept: list[Trajectory], families
     reweight: the filter looks at a*, so that among wrong ways it keeps those that were lucky, and what it drops would
     never be punished. So the kept of a prompt with one reward stand for all of its candidates with that reward.
     credit "family": tokens before t* get the sum of the advantages of all that went on from them, parent and branches.
-    This is the gradient of every branch trained in full, at the cost of training each token once.
+    At ratio 1, and but for the mean's denominator, this is the gradient of every branch trained in full, each token once.
     """
     advantage = {id(t): t.advantage for t in candidates}
     if config.reweight:
