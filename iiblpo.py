@@ -749,11 +749,25 @@ def prefix_cache(model, batch: list[Trajectory], ids: torch.Tensor, mask: torch.
 LOGITS = 2 ** 25  # logits held at a time
 
 
+def score(model, states: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+    """ln π of tokens `targets` [N] at hidden states [N, H], and H_t there: two [N]. Where V is large the logits are made
+    in chunks, and again in the backward pass instead of being kept.
+    """
+    def part(states, targets):
+        logits = model.get_output_embeddings()(states).float()
+        return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), token_entropy(logits)
+
+    n = max(1, LOGITS // model.config.vocab_size)
+    chunks = list(zip(states.split(n), targets.split(n)))
+    again = functools.partial(checkpoint, part, use_reentrant=False)
+    parts = [again(*c) if len(chunks) > 1 and torch.is_grad_enabled() else part(*c) for c in chunks]
+    return [torch.cat(x) for x in zip(*parts)]
+
+
 def token_logps(model, batch: list[Trajectory]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ln π(o_t) and H_t of a trajectory's own tokens by one differentiable pass, and their mask: three [B, T] tensors.
 
-    Rows are padded on the right: causal attention never looks there, so no mask is needed. Logits are made for
-    those tokens only, and where V is large in chunks that are made again in the backward pass instead of kept.
+    Rows are padded on the right: causal attention never looks there, so no mask is needed.
     """
     ids = pad([torch.tensor(t.prompt + t.response) for t in batch]).to(model.device)  # [B, S]
     starts = torch.tensor([len(t.prompt) for t in batch], device=ids.device)
@@ -762,18 +776,9 @@ def token_logps(model, batch: list[Trajectory]) -> tuple[torch.Tensor, torch.Ten
     mask = (own <= t) & (t < end)  # [B, T]
     rows, t = mask.nonzero(as_tuple=True)
     columns = starts[rows] + t  # of o_t, which is chosen by the state before it
-
-    def score(states, targets):
-        logits = model.get_output_embeddings()(states).float()
-        return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), token_entropy(logits)
-
     with autocast(model):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, S, H]
-        n = max(1, LOGITS // model.config.vocab_size)
-        chunks = list(zip(hidden[rows, columns - 1].split(n), ids[rows, columns].split(n)))
-        again = functools.partial(checkpoint, score, use_reentrant=False)
-        parts = [again(*c) if len(chunks) > 1 and torch.is_grad_enabled() else score(*c) for c in chunks]
-    flat = [torch.cat(x) for x in zip(*parts)]
+        flat = score(model, hidden[rows, columns - 1], ids[rows, columns])
     logp, entropy = (torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, x) for x in flat)
     return logp, entropy, mask
 
@@ -1149,8 +1154,8 @@ def ib_self_reward(entropy, advantages, mask, how: str = "token") -> torch.Tenso
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def group_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """A_i = (R_i - mean) / (std + 1e-4) over the responses to the same prompt; all [B]. [GRPO]
+def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
+    """A_i = (R_i - mean) / (std + eps) over the responses to the same prompt; all [B]. [GRPO]
 
     The standard deviation is the population's, so that a group of one has advantage 0 [O].
     """
@@ -1159,7 +1164,7 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tenso
     mean = torch.zeros_like(count).index_add(0, index, rewards) / count
     centred = rewards - mean[index]
     std = (torch.zeros_like(count).index_add(0, index, centred ** 2) / count).sqrt()
-    return centred / (std[index] + 1e-4)
+    return centred / (std[index] + eps)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor, how: str = "token") -> torch.Tensor:
@@ -1322,10 +1327,9 @@ def output_folder(config) -> Path:
 
 
 def judge(trajectories: list[Trajectory], problems) -> None:
-    """Reward each trajectory 1 or 0 by the gold answer of its group's problem, and set its group-relative advantage."""
+    """Reward each trajectory 1 or 0 by the gold answer of its group's problem."""
     for t in trajectories:
         t.reward = float(verify(extract_answer(t.text), problems[t.group][1]))
-    set_advantages(trajectories, [t.reward for t in trajectories])
 
 
 def set_advantages(trajectories: list[Trajectory], rewards: list[float]) -> None:
@@ -1417,6 +1421,7 @@ def collect(model, tokenizer, psa, cvae, problems, config, rng: random.Random) -
             chosen = rng.sample(problems, missing)
             new = rollout(model, tokenizer, chosen, config.rollouts, config)
             judge(new, chosen)
+            set_advantages(new, [t.reward for t in new])
             for t in new:
                 t.group += len(everything) // config.rollouts
             everything, rounds = everything + new, rounds - 1
@@ -1462,19 +1467,92 @@ def cvae_pairs(model, tokenizer, problems, config, rng: random.Random, fresh=Fal
     return right if len(right) >= 10 else responses
 
 
+def check_lengths(model, tokenizer, problems, config) -> None:
+    """Fail where the longest prompt and response do not fit into the model's context."""
+    longest = max(len(encode_prompt(tokenizer, q, config)) for q, _ in problems) + config.max_new_tokens
+    if longest > (limit := getattr(model.config, "max_position_embeddings", longest)):
+        fail(f"the longest prompt and max_new_tokens make {longest} tokens, the model's context holds {limit}")
+
+
+def restore(folder: Path, config, parts: dict) -> dict:
+    """The state of a new run, or with --resume that of the last checkpoint, whose numbers are loaded into `parts` (name:
+    module or optimizer). What metrics.jsonl holds beyond the state goes. Fails where the configuration is another.
+    """
+    state = {"step": 0, "token": 0, "bad": 0, "before": None, "report": {}, "config": asdict(config)}
+    if config.resume:
+        saved = torch.load(folder / "state.pt", map_location=next(parts["model"].parameters()).device, weights_only=True)
+        free = {"resume", "out", "max_steps", "max_tokens", "save_every", "config"}  # may change between the parts of a run
+        other = [k for k in state["config"] if k not in free and state["config"][k] != saved["config"].get(k)]
+        if other:
+            fail(f"{folder} was made with another configuration: " + ", ".join(
+                f"{k} {saved['config'].get(k)!r}, now {state['config'][k]!r}" for k in other))
+        for name, part in parts.items():
+            part.load_state_dict(saved.pop(name))
+        state = saved | {"config": state["config"]}
+    log = folder / "metrics.jsonl"
+    lines = log.read_text().splitlines()[:state["step"]] if config.resume else []
+    save_atomically(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+    return state
+
+
+def save(folder: Path, tokenizer, state: dict, parts: dict) -> None:
+    """Write the checkpoint: model/ for `from_pretrained`, state.pt for --resume."""
+    save_atomically(folder / "model", lambda path: (parts["model"].save_pretrained(path), tokenizer.save_pretrained(path)))
+    save_atomically(folder / "state.pt", lambda path: torch.save(
+        state | {name: part.state_dict() for name, part in parts.items()}, path))
+
+
+def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_step) -> None:
+    """Call one_step(step, rng) -> metrics until max_steps or max_tokens; log each, warm the learning rate up, save.
+
+    Every step seeds itself from (seed, step): a resumed run needs no saved random state to go on exactly.
+    """
+    unit, total = ("token", config.max_tokens) if config.max_tokens else ("step", config.max_steps)
+    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token", disable=None)
+    while state["step"] < config.max_steps and (unit == "step" or state["token"] < total):
+        step = state["step"]
+        rng = random.Random(f"{config.seed} {step}")
+        torch.manual_seed(rng.getrandbits(63))
+        for group in parts["optimizer"].param_groups:
+            group["lr"] = config.lr * group["scale"] * min(1.0, (step + 1) / max(1, config.lr_warmup))
+        metrics = one_step(step, rng)
+        with (folder / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "eff_rate", "entropy")}, refresh=False)
+        bar.update(1 if unit == "step" else metrics["tokens_sampled"])
+        state |= {"step": step + 1, "token": state["token"] + metrics["tokens_sampled"],
+                  "bad": state["bad"] + 1 if metrics["skipped"] else 0}
+        if state["bad"] == 5:
+            fail(f"the loss or its gradient was not finite in 5 steps in a row (the last: step {step}); lower --lr, or "
+                 f"resume from {folder}/state.pt")
+        if state["step"] % config.save_every == 0:
+            save(folder, tokenizer, state, parts)
+    bar.close()
+    save(folder, tokenizer, state, parts)
+
+
+def summarize(config, folder: Path, state: dict, after: dict, started: float) -> dict:
+    """Write summary.json, print the before/after table, return the summary."""
+    summary = {"before": state["before"], "after": after, **state["report"], "config": asdict(config),
+               "seconds": round(time.time() - started, 1)}
+    save_atomically(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    print(f"\n{config.eval_prompts} held-out problems, {config.eval_samples} samples each (k = {config.eval_samples})\n"
+          f"{'':18}{'before':>9}{'after':>9}")
+    for key, value in summary["before"].items():
+        print(f"{key:18}{value:9.3f}{after[key]:9.3f}")
+    print(f"{summary['seconds']:.0f} s; everything is in {folder}")
+    return summary
+
+
 def train(config: Config) -> dict:
-    """Evaluate, train for `max_steps`, evaluate again; writes metrics.jsonl, state.pt, model/ and summary.json."""
+    """Evaluate, train the CVAE, train the policy, evaluate again; returns the summary."""
     started = time.time()
     torch.manual_seed(config.seed)
     problems, heldout = load_problems(config)
     folder = output_folder(config)
     model, tokenizer = load_policy(config)
-    longest = max(len(encode_prompt(tokenizer, q, config)) for q, _ in problems + heldout) + config.max_new_tokens
-    if longest > (limit := getattr(model.config, "max_position_embeddings", longest)):
-        fail(f"the longest prompt and max_new_tokens make {longest} tokens, the model's context holds {limit}")
-    reference = None
-    if config.kl > 0:
-        reference, _ = load_policy(config)
+    check_lengths(model, tokenizer, problems + heldout, config)
+    reference = load_policy(config)[0] if config.kl else None  # from where the run began, also when it is resumed
     psa = cvae = None
     if config.method == "iiblpo":
         require_llama_like(model)
@@ -1485,40 +1563,15 @@ def train(config: Config) -> dict:
     if psa is not None:
         parameters.append({"params": list(psa.parameters()), "scale": config.psa_lr})
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    state = {"step": 0, "token": 0, "bad": 0, "before": None, "cvae_report": None, "config": asdict(config)}
-    if config.resume:
-        saved = torch.load(folder / "state.pt", map_location=model.device, weights_only=True)
-        free = {"resume", "out", "max_steps", "max_tokens", "save_every", "config"}  # may change between the parts of a run
-        other = [k for k in state["config"] if k not in free and state["config"][k] != saved["config"].get(k)]
-        if other:
-            fail(f"{folder} was made with another configuration: " + ", ".join(
-                f"{k} {saved['config'].get(k)!r}, now {state['config'][k]!r}" for k in other))
-        for name, part in (("model", model), ("optimizer", optimizer), ("psa", psa), ("cvae", cvae)):
-            if part is not None:
-                part.load_state_dict(saved.pop(name))
-        state = saved | {"config": state["config"]}
-    log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines()[:state["step"]] if config.resume else []  # what came after the checkpoint goes
-    save_atomically(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
-
-    def save():
-        save_atomically(folder / "model", lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
-        save_atomically(folder / "state.pt", lambda path: torch.save(
-            state | {name: part.state_dict() for name, part in (("model", model), ("optimizer", optimizer), ("psa", psa),
-                                                                ("cvae", cvae)) if part is not None}, path))
-
+    parts = {"model": model, "optimizer": optimizer} | ({"psa": psa, "cvae": cvae} if psa is not None else {})
+    state = restore(folder, config, parts)
     if state["before"] is None:
         state["before"] = evaluate(model, tokenizer, heldout, config)
         if cvae is not None:
             pairs = cvae_pairs(model, tokenizer, problems, config, random.Random(config.seed))
-            state["cvae_report"] = train_cvae(cvae, model, pairs, config)
-    unit, total = ("token", config.max_tokens) if config.max_tokens else ("step", config.max_steps)
-    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token", disable=None)
-    while state["step"] < config.max_steps and (unit == "step" or state["token"] < total):
-        step = state["step"]
-        # Every step seeds itself from (seed, step): a resumed run needs no saved random state to go on exactly.
-        rng = random.Random(f"{config.seed} {step}")
-        torch.manual_seed(rng.getrandbits(63))
+            state["report"]["cvae"] = train_cvae(cvae, model, pairs, config)
+
+    def one_step(step, rng):
         t0 = time.time()
         if psa is not None:
             psa.gamma = psa_gamma(step, config)
@@ -1526,34 +1579,13 @@ def train(config: Config) -> dict:
                 train_cvae(cvae, model, cvae_pairs(model, tokenizer, problems, config, rng, fresh=True), config)
         batch, metrics = collect(model, tokenizer, psa, cvae, problems, config, rng)
         t1 = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * group["scale"] * min(1.0, (step + 1) / max(1, config.lr_warmup))
         metrics |= update(model, optimizer, batch, config, reference, psa)
-        metrics |= {"rollout_s": round(t1 - t0, 3), "update_s": round(time.time() - t1, 3)}
-        with log.open("a") as f:
-            f.write(json.dumps({"step": step, **metrics}) + "\n")
-        bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "eff_rate", "entropy")}, refresh=False)
-        bar.update(1 if unit == "step" else metrics["tokens_sampled"])
-        state |= {"step": step + 1, "token": state["token"] + metrics["tokens_sampled"],
-                  "bad": state["bad"] + 1 if metrics["skipped"] else 0}
-        if state["bad"] == 5:
-            fail(f"the loss or its gradient was not finite in 5 steps in a row (the last: step {step}); lower --lr, or "
-                 f"resume from {folder}/state.pt")
-        if state["step"] % config.save_every == 0:
-            save()
-    bar.close()
-    save()
+        return metrics | {"rollout_s": round(t1 - t0, 3), "update_s": round(time.time() - t1, 3)}
+
+    run_steps(config, folder, tokenizer, state, parts, one_step)
     if psa is not None:
-        state["cvae_report"]["latent_tv"] = latent_tv(model, tokenizer, psa, cvae, heldout[:32], config)
-    summary = {"before": state["before"], "after": evaluate(model, tokenizer, heldout, config),
-               "cvae": state["cvae_report"], "config": asdict(config), "seconds": round(time.time() - started, 1)}
-    save_atomically(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
-    print(f"\n{len(heldout)} held-out problems, {config.eval_samples} samples each (k = {config.eval_samples})\n"
-          f"{'':18}{'before':>9}{'after':>9}")
-    for key, value in summary["before"].items():
-        print(f"{key:18}{value:9.3f}{summary['after'][key]:9.3f}")
-    print(f"{summary['seconds']:.0f} s; everything is in {folder}")
-    return summary
+        state["report"]["cvae"]["latent_tv"] = latent_tv(model, tokenizer, psa, cvae, heldout[:32], config)
+    return summarize(config, folder, state, evaluate(model, tokenizer, heldout, config), started)
 
 
 def main(argv: list[str] | None = None) -> dict:
