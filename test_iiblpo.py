@@ -1,4 +1,4 @@
-"""Tests of iiblpo.py: hand-worked values, independent slow versions, faults. `pytest` runs them; `-m benchmark` the timings."""
+"""Tests of iiblpo.py and ib_tpo.py: hand-worked values, independent slow versions, faults. `pytest` runs them; `-m benchmark` the timings."""
 import ast
 import inspect
 import itertools
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +19,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 
-import iiblpo as m  # noqa: E402  (HF_HUB_OFFLINE must be set before)
+import ib_tpo as tpo  # noqa: E402  (HF_HUB_OFFLINE must be set before)
+import iiblpo as m  # noqa: E402
 
 HERE = Path(__file__).parent
 KINDS = ["Qwen2", "Qwen3", "Llama"]
@@ -29,6 +31,10 @@ KINDS = ["Qwen2", "Qwen3", "Llama"]
 
 def config(*flags):
     return m.parse_config(m.Config, "iiblpo", list(map(str, flags)))
+
+
+def tree_config(*flags):
+    return tpo.parse_config(tpo.Config, "ib_tpo", list(map(str, flags)))
 
 
 def small_model(kind="Qwen2", seed=0, **changes):
@@ -62,10 +68,10 @@ def prompts(*texts):
     return [m.Trajectory(tokenizer(t).input_ids, group=i) for i, t in enumerate(texts)]
 
 
-def refused(capsys, *flags):
+def refused(capsys, *flags, script=m):
     """The one line that a mistake ends in."""
     with pytest.raises(SystemExit) as e:
-        m.main(list(map(str, flags)))
+        script.main(list(map(str, flags)))
     out = capsys.readouterr()
     assert e.value.code == 2 and out.err.count("\n") == 1 and out.err.startswith("error: ") and "Traceback" not in out.err
     return out.err
@@ -552,16 +558,23 @@ def test_a_warm_start_is_made_once_and_never_in_halves(tmp_path, monkeypatch):
     assert m.warm_start(config("--warm_steps", 2, "--warm_batch", 8, "--operands", 2, 3), "cpu") != folder
 
 
-@pytest.mark.parametrize("method", ["iiblpo", "grpo"])
+def bpe_tokenizer(texts):
+    backend = Tokenizer(models.BPE())
+    words = Regex(r"[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+| ?\p{L}+|\p{N}|\s+")  # as Qwen2: ".\n\n" may be one token
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
+                                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>", "<|user|>", "<|end|>"],
+                                                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("method", ["iiblpo", "grpo", "ib_tpo"])
 def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeypatch, method):
     """BPE tokenizer without pad token, Llama weights, chat template, JSONL: the path that a hub model takes."""
     monkeypatch.chdir(tmp_path)
     text = [r["question"] + r["answer"] for r in ROWS] + ["Reason step by step and put your final answer within \\boxed{}."]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>", "<|user|>", "<|end|>"],
-                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer = bpe_tokenizer(text)
     tokenizer.chat_template = "<s>{% for x in messages %}<|user|>{{ x.content }}<|end|>{% endfor %}"
     tokenizer.save_pretrained("chat")
     model = small_model("Llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=None)
@@ -569,15 +582,15 @@ def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeyp
     model.save_pretrained("chat")
     Path("d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     flags = ["--model", "chat", "--dataset", "d.jsonl", "--method", method, "--prompts_per_step", 3, "--rollouts", 4,
-             "--max_new_tokens", 12, "--eval_prompts", 4, "--eval_samples", 2, "--max_steps", 2, "--cvae_pairs", 16,
-             "--cvae_steps", 5, "--z_dim", 8, "--out", "run"]
-    c = config(*flags)
+             "--max_new_tokens", 12, "--eval_prompts", 4, "--eval_samples", 2, "--max_steps", 2, "--out", "run"]
+    flags += ["--cvae_pairs", 16, "--cvae_steps", 5, "--z_dim", 8] if method == "iiblpo" else []
+    script, c = (tpo, tree_config(*flags)) if method == "ib_tpo" else (m, config(*flags))
     loaded, t = m.load_policy(c)
     ids = m.encode_prompt(t, "What is 1+1?", c)
     assert t.decode(ids).startswith("<s><|user|>What is 1+1?\nReason") and t.decode(ids).endswith("<|end|>")
     assert ids.count(0) == 1 and t.pad_token_id == 1 and t.padding_side == "left"
     assert loaded.generation_config.eos_token_id == [1, 3] and loaded.generation_config.top_p in (None, 1.0)
-    summary = m.main(list(map(str, flags)))
+    summary = script.main(list(map(str, flags)))
     assert summary["after"]["length"] <= 12 and len(metrics("run")) == 2
 
 
@@ -938,6 +951,351 @@ def test_at_the_first_update_the_ratio_is_one_and_psa_learns():
     assert {"branch_place", "branch_entropy_ratio", "sibling_similarity", "gamma", "kept", "kept_branches", "ib_kept", "ib_dropped"} <= log.keys()
 
 
+# ---- IB-TPO ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_both_scripts_define_is_the_same_in_both():
+    """The twins: same words for every function, class and constant that both have."""
+    def definitions(name):
+        text = (HERE / name).read_text(encoding="utf-8")
+        found = {}
+        for node in ast.parse(text).body:
+            names = [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", []) if hasattr(t, "id")]
+            found |= {n: ast.get_source_segment(text, node) for n in names}
+        return found
+
+    a, b = definitions("iiblpo.py"), definitions("ib_tpo.py")
+    both = set(a) & set(b) - {"Config", "train", "main"}
+    assert len(both) >= 55 and [n for n in sorted(both) if a[n] != b[n]] == []
+
+
+def test_split_steps():
+    tiny, token = m.tiny_tokenizer(), lambda text: m.tiny_tokenizer()(text).input_ids
+    steps = tpo.split_steps(token("3+8\n1\n#1") + [1], tiny, "\n")
+    assert [tiny.decode(s) for s in steps] == ["3+8\n", "1\n", "#1<eos>"]
+    assert tpo.split_steps([1], tiny, "\n") == [[1]] and tpo.split_steps([], tiny, "\n") == []  # EOS inside the first step
+    assert tpo.split_steps(token("12"), tiny, "\n") == [token("12")]  # no delimiter
+    assert tpo.split_steps(token("1\n\n\n2"), tiny, "\n\n") == [token("1\n\n"), token("\n2")]  # two tokens make the delimiter
+    text = "Löse x.\n\nErst 3·4 = 12 😀.\n\n\nThen: **done**.\n\n"
+    bpe = bpe_tokenizer([text] * 9 + ["word.\n\n"] * 50)
+    ids = bpe(text).input_ids + [1]
+    assert any(bpe.decode([i]).startswith(".\n") for i in ids)  # tokens that contain the delimiter and more
+    steps = tpo.split_steps(ids, bpe, "\n\n")
+    assert sum(steps, []) == ids and all(steps) and steps[-1] == [1]
+    assert all("\n\n" in bpe.decode(s) and "\n\n" not in bpe.decode(s[:-1]) for s in steps[:-1]) and len(steps) == 4
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = [rng.randrange(len(bpe)) for _ in range(30)]
+        assert sum(tpo.split_steps(ids, bpe, "\n\n"), []) == ids
+
+
+# Trajectories, steps named by letters:   q -+- a -+- b -+- c      reward 1         probabilities, each step's geometric mean:
+#                                            |     |     +- d             0         a 0.5 (of 0.25 and 1)  b 0.8  c 0.9  d 0.1
+#                                            |     +- e                   1         e 0.2  f 0.3  g 0.2  h 0.6
+#                                            +- f (twice)                 0, 0
+#                                            +- g --- h                   0
+P = {"a": [0.25, 1.0], "b": [0.8], "c": [0.9], "d": [0.1], "e": [0.2], "f": [0.3], "g": [0.2], "h": [0.6]}
+PATHS = [("abc", 1.0), ("abd", 0.0), ("ae", 1.0), ("f", 0.0), ("gh", 0.0), ("f", 0.0)]
+
+
+def hand_tree(paths=PATHS):
+    root = tpo.Node([9])
+    for path, reward in paths:
+        tpo.insert(root, [[ord(s)] * len(P[s]) for s in path], [torch.tensor(P[s]).log() for s in path], reward)
+    return root, {chr(n.tokens[0]): n for n in root.walk()[1:]}
+
+
+def test_a_tree_by_hand():
+    root, node = hand_tree()
+    assert {s: (n.visits, n.total_reward) for s, n in node.items()} == {
+        "a": (3, 2), "b": (2, 1), "c": (1, 1), "d": (1, 0), "e": (1, 1), "f": (2, 0), "g": (1, 0), "h": (1, 0)}
+    assert root.visits == 6 and root.value == pytest.approx(1 / 3) and node["a"].value == pytest.approx(2 / 3)
+    assert node["a"].confidence == pytest.approx(0.5) and node["c"].end == 4 and len(root.children) == 3
+    # η₁ = p̂/p̂(parent) - 1.2:  a (2/3)/(1/3) - 1.2;  b (1/2)/(2/3) - 1.2;  f, g, d: 0 - 1.2;  h: p̂(g) = 0, so 1 - 1.2
+    for s, eta in {"a": 0.8, "b": -0.45, "c": 0.8, "d": -1.2, "e": 0.3, "f": -1.2, "g": -1.2, "h": -0.2}.items():
+        assert tpo.information_gain(node[s], 5.0) == pytest.approx(eta, abs=1e-6)
+    # J(q) = 6/6 (3·0.8·0.5 - 2·1.2·0.3 - 1.2·0.2) = 0.24;  J(a) = 6/3 (-2·0.45·0.8 + 0.3·0.2) = -1.32;
+    # J(b) = 6/2 (0.8·0.9 - 1.2·0.1) = 1.8;  J(g) = 6 (-0.2·0.6) = -0.72: a single child
+    scores = {"q": 0.24, "a": -1.32, "b": 1.8, "g": -0.72}
+    for s, J in scores.items():
+        assert tpo.ib_score(node.get(s, root), 5.0) == pytest.approx(J, abs=1e-6)
+    # Cov at q: means -0.2 and 23/60, E[η₁η₂] = 0.04, so 0.04 + 0.2·23/60; at b: E = 0.3, means -0.2 and 0.5
+    assert tpo.ib_covariance(root, 5.0) == pytest.approx(0.04 + 0.2 * 23 / 60, abs=1e-6)
+    assert tpo.ib_covariance(node["b"], 5.0) == pytest.approx(0.4, abs=1e-6) and tpo.ib_covariance(node["g"], 5.0) == 0
+    with pytest.raises(ZeroDivisionError):
+        tpo.ib_score(node["c"], 5.0)
+    # std = sqrt(1/3 · 2/3) = sqrt(2)/3;  A_GL = (p̂ - 1/3) / std
+    r = math.sqrt(2)
+    gl = {"a": r / 2, "b": r / 4, "c": r, "d": -r / 2, "e": r, "f": -r / 2, "g": -r / 2, "h": -r / 2}
+    ib = {"a": 0.4, "b": -0.36, "c": 0.72, "d": -0.12, "e": 0.06, "f": -0.36, "g": -0.24, "h": -0.12}
+    for kind, A in {"gl": gl, "grpo": gl, "ib": ib, "gl+ib": {s: gl[s] + 0.1 * ib[s] for s in gl}}.items():
+        result = tpo.step_advantages(root, tree_config("--advantage", kind))
+        assert {s: result[n] for s, n in node.items()} == pytest.approx(A, abs=1e-6) and len(result) == 8
+
+
+def test_trees_at_the_edges():
+    for reward in (0.0, 1.0):  # std 0, and p̂(q) = 0: ratios count as 1, so η₁ = -1/β everywhere
+        root, node = hand_tree([(path, reward) for path, _ in PATHS])
+        assert set(tpo.step_advantages(root, tree_config("--advantage", "gl")).values()) == {0.0}
+        A = tpo.step_advantages(root, tree_config())
+        assert A[node["f"]] == pytest.approx(-0.1 * 0.2 * 0.3)
+        assert tpo.ib_score(root, 5.0) == pytest.approx(-0.2 * (3 * 0.5 + 2 * 0.3 + 0.2))
+    root, node = hand_tree([("f", 1.0)])  # one trajectory, without a delimiter or with EOS in its first step
+    assert len(root.walk()) == 2 and node["f"].visits == 1 and tpo.ib_score(root, 5.0) == pytest.approx(6 * (1 - 1.2) * 0.3)
+    long = tpo.Node([9], step_prob="product")
+    leaf = tpo.insert(long, [[1] * 3], [torch.full((3,), 0.5).log()], 1.0)
+    assert leaf.confidence == pytest.approx(0.125) and leaf.parent is long and leaf.path() == [leaf]
+
+
+def test_samplers_choose_as_they_say():
+    root, node = hand_tree()
+    for s, n in node.items():
+        n.entropy = torch.full((len(n.tokens),), {"e": 0.9, "h": 0.7, "c": 0.5}.get(s, 0.1))
+    root.branched, rng = 1, random.Random(0)
+
+    def names(k, sampler, c=tree_config()):
+        return "".join("q" if n is root else chr(n.tokens[0]) for n in tpo.select_nodes(root, k, sampler, c, rng))
+
+    assert names(4, "ib") == "bqga" and names(6, "ib") == "bqgabq"  # by the scores above, then again
+    assert names(4, "entropy") == "agbq"  # before e, h, c; the root was branched once already
+    assert names(4, "fixed") == "agbq"  # from the root down, each place once
+    node["a"].branched = node["g"].branched = 1
+    assert names(4, "fixed") == "bqag" and names(2, "entropy") == "ba"
+    drawn = {names(1, "random") for _ in range(99)}
+    assert drawn == set("qabg")
+    assert names(2, "ib", tree_config("--max_new_tokens", 3)) == "qg"  # b ends at token 3: no room
+
+
+def test_the_estimator_converges_to_the_closed_form():
+    """A toy policy with known π(s) and p(a*|s): J = (1+β) Σ π² (p(a*|s)/p(a*|v) - (1 + 1/β)); and its bias for small B."""
+    beta, pi, p = 5.0, [0.5, 0.3, 0.2], [0.9, 0.5, 0.1]
+    pv = sum(a * b for a, b in zip(pi, p))
+    closed = (1 + beta) * sum(a * a * (b / pv - (1 + 1 / beta)) for a, b in zip(pi, p))
+    rng = random.Random(0)
+
+    def estimate(B):
+        root = tpo.Node([9])
+        for s in rng.choices(range(3), pi, k=B):
+            tpo.insert(root, [[s]], [torch.tensor([pi[s]]).log()], float(rng.random() < p[s]))
+        return tpo.ib_score(root, beta)
+
+    large = [estimate(10_000) for _ in range(8)]
+    mean = sum(large) / 8
+    error = math.sqrt(sum((x - mean) ** 2 for x in large) / 7)
+    assert abs(large[0] - closed) < 3 * error and abs(mean - closed) < 3 * error / math.sqrt(8) and error < 0.05 * (1 + beta)
+    for B, runs in ((2, 3000), (4, 2000), (8, 1000)):
+        small = [estimate(B) for _ in range(runs)]
+        bias = sum(small) / runs - closed
+        error = math.sqrt(sum((x - closed - bias) ** 2 for x in small)) / runs
+        print(f"B = {B}: bias {bias:+.3f} +- {error:.3f} of J = {closed:.3f}")
+
+
+def grown(kind="Qwen2", n=3, seed=0, **flags):
+    """(model, config, roots, trajectories): IBTrees of a random policy, with random rewards."""
+    model, tokenizer = small_model(kind), m.tiny_tokenizer()
+    c = tree_config("--max_new_tokens", 24, "--tree", 3, 4, 2, 2, "--rollouts", 15, *(x for k, v in flags.items() for x in ("--" + k, v)))
+    problems = [(q, str(m.chain_value(q))) for q in m.chain_questions(random.Random(seed), [2, 7], False, n)]
+    torch.manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpo, "verify", lambda answer, gold: zlib.crc32(str(answer).encode()) % 2)
+        roots, sampled = tpo.grow(model, tokenizer, problems, c, random.Random(seed))
+    return model, c, roots, sampled
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler", ["ib", "independent", "random", "fixed", "entropy"])
+def test_trees_grow_as_configured(kind, sampler):
+    model, c, roots, sampled = grown(kind, sampler=sampler)
+    assert len(sampled) == 3 * 15 == 3 * c.rollouts and [r.visits for r in roots] == [15] * 3
+    assert sum(t.start > 0 for t in sampled) > 8 or sampler == "independent"
+    for t in sampled:
+        logp, entropy = teacher_forced(model, t)  # prefixes from the tree, the rest by reused caches
+        assert (t.logps - logp).abs().max() < 1e-4 and (t.entropy - entropy).abs().max() < 1e-4
+        assert len(t.response) <= 24 and t.complete == (t.response[-1] == 1) and (t.complete or len(t.response) == 24)
+        assert 1 not in t.response[:-1] and t.memory is None
+    for i, root in enumerate(roots):
+        own = [t for t in sampled if t.group == i]
+        leaves = [n for n in root.walk() if not n.children]
+        assert sorted([t.response for t in own]) == sorted(sum((n.tokens for n in leaf.path()), [])
+                                                           for leaf in leaves for _ in range(leaf.visits))
+        for node in root.walk()[1:]:  # visits and p̂, counted again from the trajectories
+            prefix = sum((n.tokens for n in node.path()), [])
+            through = [t.reward for t in own if t.response[:len(prefix)] == prefix]
+            assert node.visits == len(through) and node.total_reward == sum(through) and node.end == len(prefix)
+            assert len({tuple(c.tokens) for c in node.children}) == len(node.children) and node.memory is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_log_probs_are_those_of_one_pass_a_trajectory(kind, monkeypatch):
+    model, c, roots, _ = grown(kind, advantage="gl+ib")
+    for block in (7, 128):
+        monkeypatch.setattr(tpo, "BLOCK", block)
+        packs = [tpo.pack_tree(root, tpo.step_advantages(root, c)) for root in roots]
+        logp, entropy, weights = tpo.tree_logps(model, packs)
+        offset = 0
+        for root, pack in zip(roots, packs):
+            S, A, at = pack["input_ids"].shape[1], tpo.step_advantages(root, c), len(root.tokens)
+            assert S == sum(len(n.tokens) for n in root.walk()) and not weights[0, offset:offset + at].any()
+            for node in root.walk()[1:]:
+                path = node.path()
+                t = m.Trajectory(root.tokens, sum((n.tokens for n in path), []))
+                slow_logp, slow_entropy = teacher_forced(model, t)
+                own, n = slice(offset + at, offset + at + len(node.tokens)), len(node.tokens)
+                assert (logp[0, own] - slow_logp[-n:]).abs().max() < 1e-5
+                assert (entropy[0, own] - slow_entropy[-n:]).abs().max() < 1e-5
+                assert (weights[0, own] == node.visits).all() and pack["input_ids"][0, at:at + n].tolist() == node.tokens
+                assert pack["advantages"][0, at:at + n].allclose(torch.tensor(A[node]))
+                assert pack["logps"][0, at:at + n].equal(node.logps)
+                at += n
+            offset += S
+    # the plain use of what pack_tree returns: transformers with a 4-D mask
+    plain = model(**{k: packs[0][k] for k in ("input_ids", "position_ids", "attention_mask")}).logits.log_softmax(-1)
+    ids, trained = packs[0]["input_ids"][0], packs[0]["weights"][0] > 0
+    slow = plain[0, packs[0]["previous"]].gather(1, ids[:, None])[:, 0]
+    assert (slow - logp[0, :len(ids)])[trained].abs().max() < 1e-5
+
+
+def tree_gradient(model, roots, *flags):
+    grab, reference = Grab(model), small_model(type(model).__name__[:-len("ForCausalLM")], seed=1) if "--kl" in flags else None
+    stats = tpo.update_on_trees(model, grab, roots, tree_config("--max_grad_norm", 1e9, *flags), reference)
+    return grab.grads, stats
+
+
+def shake(roots):
+    """Old log-probs away from the policy's, so that ratios differ from 1 and clipping takes part."""
+    torch.manual_seed(5)
+    for node in (n for root in roots for n in root.walk()[1:]):
+        node.logps = node.logps + 0.3 * torch.randn(len(node.logps))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("advantage", ["gl+ib", "gl", "ib"])
+def test_tree_and_flat_updates_have_the_same_gradient(kind, advantage):
+    model, c, roots, _ = grown(kind)
+    shake(roots)
+    grads, stats = zip(*(tree_gradient(model, roots, "--advantage", advantage, "--update", update, "--micro_tokens", tokens, "--kl", 0.1)
+                         for update, tokens in (("tree", 10 ** 6), ("flat", 10 ** 6), ("tree", 50), ("flat", 50))))
+    for g, s in zip(grads[1:], stats[1:]):
+        assert (g[0] - grads[0][0]).norm() / grads[0][0].norm() < 1e-5
+        assert s["loss"] == pytest.approx(stats[0]["loss"], rel=1e-4) and s["clipped"] == pytest.approx(stats[0]["clipped"], abs=1e-4)
+    assert 0 < stats[0]["clipped"] < 1 and stats[0]["tokens_total"] > 1.2 * stats[0]["tokens_unique"]
+
+
+def test_several_updates_a_step_and_checkpointing_agree_too():
+    model, c, roots, _ = grown(n=4)
+    shake(roots)
+    trees, flats = (tree_gradient(model, roots, "--update", u, "--updates_per_step", 2)[0] for u in ("tree", "flat"))
+    assert len(trees) == len(flats) == 2
+    for a, b in zip(trees, flats):
+        assert (a - b).norm() / b.norm() < 1e-5
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    again = tree_gradient(model, roots, "--gradient_checkpointing", True, "--updates_per_step", 2)[0]
+    assert (again[0] - trees[0]).norm() / trees[0].norm() < 1e-5
+
+
+def test_the_loss_and_gradient_of_a_tree_slowly():
+    """Plain loops over trajectories, one pass each: mean over all their tokens of -min(r A, clip(r) A)."""
+    model, c, roots, sampled = grown()
+    shake(roots)
+    total, tokens = 0.0, 0
+    for root in roots:
+        A = tpo.step_advantages(root, c)
+        for t in [t for t in sampled if roots[t.group] is root]:
+            logp, _ = teacher_forced(model, t)
+            node, at = root, 0
+            while at < len(t.response):
+                node = next(n for n in node.children if n.tokens == t.response[at:at + len(n.tokens)])
+                for j in range(len(node.tokens)):
+                    ratio = (logp[at + j] - node.logps[j]).exp()
+                    total = total - torch.minimum(ratio * A[node], ratio.clamp(0.8, 1.2) * A[node])
+                    tokens += 1
+                at += len(node.tokens)
+    (total / tokens).backward()
+    slow = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    (grad,), stats = tree_gradient(model, roots)
+    assert (grad - slow).norm() / slow.norm() < 1e-5 and stats["loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
+
+
+def test_at_ratio_1_gl_on_the_tree_is_grpo_on_its_trajectories():
+    model, c, roots, _ = grown()
+    off = ["--clip_low", 1e9, "--clip_high", 1e9]
+    gl, _ = tree_gradient(model, roots, "--advantage", "gl", *off)
+    for update in ("tree", "flat"):
+        grpo, stats = tree_gradient(model, roots, "--advantage", "grpo", "--update", update, *off)
+        assert (gl[0] - grpo[0]).norm() / gl[0].norm() < 1e-6 and stats["ratio"] == pytest.approx(1, abs=1e-5)
+    root = roots[0]  # and by the numbers: outcome advantages through a step sum up to visits · A_GL
+    A, flat = tpo.step_advantages(root, tree_config("--advantage", "gl")), tpo.flatten(root, {}, tree_config("--advantage", "grpo"))
+    for node in root.walk()[1:]:
+        prefix = sum((n.tokens for n in node.path()), [])
+        outcomes = [t.advantage[0].item() for t in flat if t.response[:len(prefix)] == prefix]
+        assert sum(outcomes) == pytest.approx(node.visits * A[node], abs=1e-5)
+
+
+def test_trees_that_teach_nothing_cost_no_forward_pass(monkeypatch):
+    model, c, roots, _ = grown(n=4)
+    for node in roots[1].walk():
+        node.total_reward = float(node.visits)
+    teach = sum(0 < root.value < 1 for root in roots)
+    assert 0 < teach < 4
+    seen, real = [], tpo.tree_logps
+    monkeypatch.setattr(tpo, "tree_logps", lambda model, packs: seen.extend(packs) or real(model, packs))
+    tree_gradient(model, roots, "--advantage", "gl")
+    assert len(seen) == teach
+    tree_gradient(model, roots, "--advantage", "gl+ib")  # A_IB is -π/β there
+    assert len(seen) == teach + 4
+
+
+TREES = ["--config", HERE / "tiny_config.yaml", "--model", "policy", "--prompts_per_step", 3, "--tree", 2, 3, 1, 1,
+         "--max_new_tokens", 12, "--eval_prompts", 4, "--eval_samples", 2, "--max_steps", 4, "--max_tokens", 0, "--save_every", 2,
+         "--lr", 1e-3]
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "grpo"], ["--update", "flat", "--sampler", "entropy", "--kl", 0.01]])
+def test_ib_tpo_runs_repeat_and_resume(folder, monkeypatch, flags):
+    flags = list(map(str, [*TREES, *flags]))
+    whole = tpo.main([*flags, "--out", "whole"])
+    logged = metrics("whole")
+    assert {"reward", "eff_rate", "entropy", "tokens_sampled", "trajectories", "ib_score", "cov"} <= logged[0].keys()
+    assert len(logged) == 4 and whole["config"]["advantage"] == ("grpo" if "grpo" in flags else "gl+ib")
+    real, calls = tpo.update_on_trees, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(tpo, "update_on_trees", dies)
+    with pytest.raises(KeyboardInterrupt):
+        tpo.main([*flags, "--out", "part"])
+    monkeypatch.setattr(tpo, "update_on_trees", real)
+    resumed = tpo.main([*flags, "--out", "part", "--resume"])
+    assert metrics("part") == logged and resumed["after"] == whole["after"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--tree", 4, 9, 1], "tree must be four numbers"), (["--tree", 0, 9, 1, 1], "tree"), (["--beta", 0], "beta must be above 0"),
+    (["--sampler", "best"], "invalid choice"), (["--delimiter", ""], "delimiter"), (["--trees", 1], "did you mean tree?"),
+    (["--advantage", "grpo", "--updates_per_step", 2], "use --update flat"), (["--max_new_tokens", 9999], "context")])
+def test_mistakes_with_trees_are_one_line(folder, capsys, flags, message):
+    assert message in refused(capsys, *TREES, *flags, script=tpo)
+    assert not Path("runs").exists() or not list(Path("runs").glob("*/metrics.jsonl"))
+
+
+def test_trees_need_full_attention(folder, capsys):
+    small_model(use_sliding_window=True, sliding_window=8, max_window_layers=1).save_pretrained("policy")
+    assert "--method grpo --update flat takes it" in refused(capsys, *TREES, script=tpo)
+    tpo.main(list(map(str, [*TREES, "--method", "grpo", "--update", "flat", "--max_steps", 1])))
+
+
+def test_the_branching_table(folder, capsys):
+    table = tpo.main(list(map(str, [*TREES, "--branching_table", 6])))
+    assert list(table) == ["independent 2", "independent 4", "random 4", "fixed 4", "entropy 4", "ib 4"]
+    out = capsys.readouterr().out
+    assert "Eff-Rate" in out and all(0 <= row["eff_rate"] <= 1 and row["tokens"] > 0 for row in table.values())
+
+
 # ---- benchmarks: pytest -m benchmark -s -----------------------------------------------------------------------------
 
 
@@ -1036,3 +1394,29 @@ def test_200_000_hostile_strings():
     print(f"\n{len(seconds)} strings: median {1e3 * seconds[len(seconds) // 2]:.2f} ms, 99.9 % {1e3 * seconds[int(0.999 * len(seconds))]:.1f} ms, "
           f"worst {1e3 * seconds[-1]:.0f} ms")
     assert seconds[-1] < 1 and seconds[int(0.999 * len(seconds))] < 0.05
+
+
+@pytest.mark.benchmark
+def test_tree_update_against_flat():
+    """Trees of the paper's shape (4, 9, 1, 1), a random node branched each time, responses of 16 steps, 6 layers 256 wide."""
+    tokenizer = m.tiny_tokenizer()
+    print()
+    for length in (128, 256, 512, 1024):
+        model, rng = small_model(hidden_size=256, intermediate_size=768, num_hidden_layers=6, head_dim=64, max_position_embeddings=2048,
+                                 initializer_range=0.02), random.Random(0)
+        roots = []
+        for _ in range(2):
+            root = tpo.Node([2] * 64)
+            for i in range(12):
+                nodes = [n for n in root.walk() if n.children]
+                path = (rng.choice(nodes) if i >= 4 else root).path()
+                steps = [n.tokens for n in path] + [[rng.randrange(2, 16) for _ in range(length // 16)] for _ in range(16 - len(path))]
+                tpo.insert(root, steps, [torch.full((len(s),), -2.8) for s in steps], float(i % 2))
+            roots.append(root)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        tree, flat = (median(lambda: tpo.update_on_trees(model, optimizer, roots, tree_config("--update", u, "--kl", 0)), 5)
+                      for u in ("tree", "flat"))
+        stats = tpo.update_on_trees(model, optimizer, roots, tree_config("--kl", 0))
+        print(f"{length} tokens a response: tree {tree:.2f} s, flat {flat:.2f} s, ratio {flat / tree:.2f}; "
+              f"total over unique tokens {stats['tokens_total'] / stats['tokens_unique']:.2f}")
+    assert length == 1024
