@@ -26,6 +26,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import time
 import zlib
@@ -71,6 +72,9 @@ class Config:
     out: Optional[str] = HfArg(default=None, help="output folder (default: the next free runs/METHOD-SEED-N)")
     resume: bool = HfArg(default=False, help="go on from OUT/state.pt")
     save_every: int = HfArg(default=50, help="steps between checkpoints")
+    compare: str = HfArg(default="", help="compare: variants METHOD[+field=value...], comma-separated; trains all of them")
+    seeds: int = HfArg(default=4, help="compare: seeds of each variant")
+    jobs: int = HfArg(default=1, help="compare: runs at a time, each in a process with its share of the cores")
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: cuda where there is one")
     # problems
     dataset: str = HfArg(default="gsm8k", help="gsm8k, math, chain (the tiny task), or a .jsonl, .json or .parquet file")
@@ -137,7 +141,7 @@ class Config:
         if self.entropy_bonus is None:
             self.entropy_bonus = 0.003 if self.method == "entropy_reg" else 0.0
         for name in ("max_steps", "save_every", "prompts_per_step", "rollouts", "max_new_tokens", "generate_tokens",
-                     "updates_per_step", "micro_tokens", "eval_prompts", "eval_samples", "warm_steps", "warm_batch",
+                     "updates_per_step", "micro_tokens", "eval_prompts", "eval_samples", "seeds", "jobs", "warm_steps", "warm_batch",
                      "initial", "branches", "ib_rounds", "z_dim", "cvae_steps"):
             if getattr(self, name) < 1:
                 fail(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -180,7 +184,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def parse_config(cls: type, script: str, argv: list[str] | None = None):
+def parse_config(cls: type, script: str, argv: list[str]):
     """A `cls` from flags, over a YAML file, over the dataclass's defaults; fails with one line on what it cannot read.
 
     The file's sections `common` and `script` hold the fields; a flat file works too. Its values are turned into flags for
@@ -193,7 +197,6 @@ def parse_config(cls: type, script: str, argv: list[str] | None = None):
         near = difflib.get_close_matches(key.strip("-").split("=")[0], names, 1, 0)[0]
         fail(f"unknown setting {key}; did you mean {near}?")
 
-    argv = sys.argv[1:] if argv is None else list(argv)
     given, _ = parser.parse_known_args(argv)
     path, flags = given.config or (Path(__file__).with_name("tiny_config.yaml") if given.model == "tiny" else None), []
     if path:
@@ -1481,7 +1484,7 @@ def restore(folder: Path, config, parts: dict) -> dict:
     state = {"step": 0, "token": 0, "bad": 0, "before": None, "report": {}, "config": asdict(config)}
     if config.resume:
         saved = torch.load(folder / "state.pt", map_location=next(parts["model"].parameters()).device, weights_only=True)
-        free = {"resume", "out", "max_steps", "max_tokens", "save_every", "config"}  # may change between the parts of a run
+        free = {"resume", "out", "max_steps", "max_tokens", "save_every", "config", "compare", "seeds", "jobs"}  # may change
         other = [k for k in state["config"] if k not in free and state["config"][k] != saved["config"].get(k)]
         if other:
             fail(f"{folder} was made with another configuration: " + ", ".join(
@@ -1588,9 +1591,83 @@ def train(config: Config) -> dict:
     return summarize(config, folder, state, evaluate(model, tokenizer, heldout, config), started)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What looks at runs.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compare(config, argv: list[str]) -> dict:
+    """Train each variant of `compare` with seeds 0 ... `seeds` - 1, all from one warm start; print and save a table.
+
+    A variant is a method, or one with other settings: grpo, iiblpo+keep=6+kappa=0. Runs stand in OUT/VARIANT-SEED, finished
+    ones are taken as they are, broken ones go on. The table has mean ± standard error over seeds, and of the difference to
+    the first variant with the same seed; `last` in compare.json is the mean over a run's last five steps.
+    """
+    folder, variants = Path(config.out or "runs/compare"), config.compare.split(",")
+    waiting, running, results = [], [], {v: [] for v in variants}
+    for seed, variant in itertools.product(range(config.seeds), variants):
+        method, *settings = variant.split("+")
+        out = folder / f"{variant.replace(' ', '-')}-{seed}"
+        flags = [*argv, "--compare=", "--method", method, "--seed", str(seed), "--out", str(out)]
+        for key, _, value in (s.partition("=") for s in settings):
+            flags += [f"--{key}", *value.split(" ")]
+        parse_config(type(config), Path(__file__).stem, flags)  # a mistake ends the program here
+        if not (out / "summary.json").exists():
+            waiting.append((out, flags + ["--resume"] * (out / "state.pt").exists()))
+    if waiting:
+        load_policy(config)  # the warm start, once for all
+    threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
+    bar = tqdm(total=config.seeds * len(variants), initial=config.seeds * len(variants) - len(waiting), desc="compare", unit="run")
+    while waiting or running:
+        while waiting and len(running) < config.jobs:
+            out, flags = waiting.pop(0)
+            out.mkdir(parents=True, exist_ok=True)
+            if not (out / "state.pt").exists():
+                (out / "metrics.jsonl").unlink(missing_ok=True)  # it broke before its first checkpoint
+            with (out / "log.txt").open("a") as log:
+                running.append((out, subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log,
+                                                      env={"OMP_NUM_THREADS": threads, **os.environ})))
+        time.sleep(0.2)
+        for out, process in [job for job in running if job[1].poll() is not None]:
+            running.remove((out, process))
+            bar.update()
+            if process.returncode:
+                for _, other in running:
+                    other.terminate()
+                fail(f"{out} ended with code {process.returncode}: " + ((out / "log.txt").read_text().splitlines() or [""])[-1])
+    bar.close()
+    for seed, variant in itertools.product(range(config.seeds), variants):
+        out = folder / f"{variant.replace(' ', '-')}-{seed}"
+        last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-5:]]
+        results[variant].append(json.loads((out / "summary.json").read_text())["after"] | {
+            "last": {k: sum(step.get(k, 0.0) for step in last) / len(last) for k in last[-1]}})
+
+    def mean_and_error(x):
+        mean = sum(x) / len(x)
+        return mean, math.sqrt(sum((v - mean) ** 2 for v in x) / max(1, len(x) - 1) / len(x))
+
+    table, width = {}, max(map(len, variants)) + 2
+    print(f"\n{config.seeds} seeds, mean ± standard error; below, the paired difference to {variants[0]}")
+    print(f"{'':{width}}" + "".join(f"{key:>20}" for key in ("pass@1", "pass@k", "distinct_correct")))
+    for variant, runs in results.items():
+        table[variant] = {"runs": runs}
+        for key in [k for k in runs[0] if k != "last"]:
+            values, base = [r[key] for r in runs], [r[key] for r in results[variants[0]]]
+            table[variant][key] = {"mean ± error": mean_and_error(values),
+                                   "difference ± error": mean_and_error([a - b for a, b in zip(values, base)])}
+        for name, kind in ((variant, "mean ± error"), ("", "difference ± error"))[:1 + (variant != variants[0])]:
+            cells = ["{:{}.3f} ± {:.3f}".format(table[variant][k][kind][0], "+" if not name else "", table[variant][k][kind][1])
+                     for k in ("pass@1", "pass@k", "distinct_correct")]
+            print(f"{name:{width}}" + "".join(f"{cell:>20}" for cell in cells))
+    save_atomically(folder / "compare.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
+    return table
+
+
 def main(argv: list[str] | None = None) -> dict:
     """The command line; returns the summary."""
-    return train(parse_config(Config, "iiblpo", argv))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    config = parse_config(Config, "iiblpo", argv)
+    return compare(config, argv) if config.compare else train(config)
 
 
 if __name__ == "__main__":
