@@ -75,6 +75,7 @@ class Config:
     save_every: int = HfArg(default=50, help="steps between checkpoints")
     compare: str = HfArg(default="", help="compare: variants METHOD[+field=value...], comma-separated; trains all of them")
     seeds: int = HfArg(default=4, help="compare: seeds of each variant")
+    plot: list[str] = field(default_factory=list, metadata={"help": "do not train: draw the runs in these folders, as SVG"})
     jobs: int = HfArg(default=1, help="compare: runs at a time, each in a process with its share of the cores")
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: cuda where there is one")
     branching_table: int = HfArg(default=0, help="do not train: compare the samplers on this many held-out problems")
@@ -1252,6 +1253,24 @@ def judge(trajectories: list[Trajectory], problems) -> None:
         t.reward = float(verify(extract_answer(t.text), problems[t.group][1]))
 
 
+def rollout_metrics(trajectories: list[Trajectory]) -> dict:
+    """What is logged of a step's trajectories. eff_rate: prompts whose rewards differ, the only ones that teach; pass@k: that
+    have a right response; distinct_correct: different right responses a prompt; entropy: mean over sampled tokens, nats.
+    """
+    rewards, right = defaultdict(set), defaultdict(set)
+    for t in trajectories:
+        rewards[t.group].add(t.reward)
+        right[t.group] |= {t.text} if t.reward else set()
+    own = sum(len(t.response) - t.start for t in trajectories)
+    return {"reward": sum(t.reward for t in trajectories) / len(trajectories),
+            "eff_rate": sum(len(r) > 1 for r in rewards.values()) / len(rewards),
+            "pass@k": sum(map(bool, right.values())) / len(rewards),
+            "distinct_correct": sum(map(len, right.values())) / len(rewards),
+            "entropy": sum(t.entropy[t.start:].sum().item() for t in trajectories) / own,
+            "length": sum(len(t.response) for t in trajectories) / len(trajectories),
+            "tokens_sampled": own, "trajectories": len(trajectories)}
+
+
 def check_lengths(model, tokenizer, problems, config) -> None:
     """Fail where the longest prompt and response do not fit into the model's context."""
     longest = max(len(encode_prompt(tokenizer, q, config)) for q, _ in problems) + config.max_new_tokens
@@ -1330,17 +1349,12 @@ def summarize(config, folder: Path, state: dict, after: dict, started: float) ->
 
 
 def tree_metrics(roots: list[Node], trajectories: list[Trajectory], config) -> dict:
-    """What is logged of a step's trees: Eff-Rate is the share of prompts whose rewards differ, reward the Avg-Rate."""
+    """What is logged of a step's trees; the paper's Eff-Rate is eff_rate, its Avg-Rate reward. Cov is over forks only."""
     nodes = [n for root in roots for n in root.walk() if n.children]
     forks = [n for n in nodes if len(n.children) > 1]
-    own = sum(len(t.response) - t.start for t in trajectories)
-    return {"reward": sum(t.reward for t in trajectories) / len(trajectories),
-            "eff_rate": sum(0 < root.value < 1 for root in roots) / len(roots),
-            "entropy": sum(t.entropy[t.start:].sum().item() for t in trajectories) / own,
-            "length": sum(len(t.response) for t in trajectories) / len(trajectories),
-            "tokens_sampled": own, "trajectories": len(trajectories),
-            "ib_score": sum(ib_score(n, config.beta) for n in nodes) / max(1, len(nodes)),
-            "cov": sum(ib_covariance(n, config.beta) for n in forks) / max(1, len(forks))}
+    return rollout_metrics(trajectories) | {
+        "ib_score": sum(ib_score(n, config.beta) for n in nodes) / max(1, len(nodes)),
+        "cov": sum(ib_covariance(n, config.beta) for n in forks) / max(1, len(forks))}
 
 
 def train(config: Config) -> dict:
@@ -1416,7 +1430,7 @@ def compare(config, argv: list[str]) -> dict:
     waiting, running, results = [], [], {v: [] for v in variants}
     for seed, variant in itertools.product(range(config.seeds), variants):
         method, *settings = variant.split("+")
-        out = folder / f"{variant.replace(' ', '-')}-{seed}"
+        out = folder / f"{variant.replace(' ', ',')}-{seed}"
         flags = [*argv, "--compare=", "--method", method, "--seed", str(seed), "--out", str(out)]
         for key, _, value in (s.partition("=") for s in settings):
             flags += [f"--{key}", *value.split(" ")]
@@ -1446,7 +1460,7 @@ def compare(config, argv: list[str]) -> dict:
                 fail(f"{out} ended with code {process.returncode}: " + ((out / "log.txt").read_text().splitlines() or [""])[-1])
     bar.close()
     for seed, variant in itertools.product(range(config.seeds), variants):
-        out = folder / f"{variant.replace(' ', '-')}-{seed}"
+        out = folder / f"{variant.replace(' ', ',')}-{seed}"
         last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-5:]]
         results[variant].append(json.loads((out / "summary.json").read_text())["after"] | {
             "last": {k: sum(step.get(k, 0.0) for step in last) / len(last) for k in last[-1]}})
@@ -1472,11 +1486,67 @@ def compare(config, argv: list[str]) -> dict:
     return table
 
 
+def plot(config) -> dict:
+    """Learning curves of the runs in the folders `plot` (a comparison's folder stands for all of its runs) over the tokens
+    sampled, mean and range over runs whose names differ in the seed only, as an SVG file OUT.
+    """
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        fail("--plot needs matplotlib: pip install matplotlib")
+    logs = [log for name in config.plot for log in sorted({*Path(name).glob("metrics.jsonl"), *Path(name).glob("*/metrics.jsonl")})]
+    variants, bins = defaultdict(list), 25
+    for log in logs:
+        steps = [json.loads(line) for line in log.read_text().splitlines()]
+        if steps:
+            variants[re.sub(r"(-\d+)+$", "", log.parent.name)].append(steps)
+    if not variants:
+        fail(f"no metrics.jsonl with steps in {', '.join(config.plot)}")
+    names = {"reward": "reward", "eff_rate": "Eff-Rate", "entropy": "token entropy (nats)", "pass@k": "pass@k (of the rollouts)",
+             "distinct_correct": "different correct responses", "length": "tokens a response", "cov": "Cov(η₁, η₂)",
+             "ib_score": "IB-Score"}
+    names = {k: v for k, v in names.items() if any(k in runs[0][0] for runs in variants.values())}
+    longest = max(sum(s["tokens_sampled"] for s in run) for runs in variants.values() for run in runs)
+    pyplot.rcParams.update({f"{part}.color": "#808080" for part in ("text", "xtick", "ytick")} | {  # legible on light and dark
+        "axes.edgecolor": "#808080", "axes.labelcolor": "#808080", "svg.hashsalt": "0", "font.size": 9})
+    figure, axes = pyplot.subplots(2, math.ceil(len(names) / 2), figsize=(3.2 * math.ceil(len(names) / 2), 5), squeeze=False)
+    for axis, key in itertools.zip_longest(axes.flat, names):
+        if key is None:
+            axis.set_visible(False)
+            continue
+        for color, (variant, runs) in zip(itertools.cycle(("#e07b39", "#3a86c8", "#3fa66b", "#b565c9", "#c9a227", "#d1495b")),
+                                          variants.items()):
+            curves = []  # one a run: {bin: mean}
+            for run in runs:
+                tokens, values = itertools.accumulate(s["tokens_sampled"] for s in run), defaultdict(list)
+                for total, s in zip(tokens, run):
+                    if key in s:
+                        values[min(bins - 1, int(bins * total / longest))].append(s[key])
+                curves.append({b: sum(v) / len(v) for b, v in values.items()})
+            x = sorted(set.intersection(*map(set, curves)))
+            across = [[curve[b] for curve in curves] for b in x]
+            millions = [(b + 0.5) * longest / bins / 1e6 for b in x]
+            axis.plot(millions, [sum(v) / len(v) for v in across], color=color, label=f"{variant} ({len(runs)})")
+            axis.fill_between(millions, list(map(min, across)), list(map(max, across)), color=color, alpha=0.2, linewidth=0)
+        axis.set_title(names[key], fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("tokens sampled, millions")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    path = Path(config.out or "runs/curves.svg")
+    save_atomically(path, lambda temporary: figure.savefig(temporary, format="svg", transparent=True, metadata={"Date": None}))
+    pyplot.close(figure)
+    print(f"{sum(map(len, variants.values()))} runs of {', '.join(variants)} in {path}")
+    return {variant: len(runs) for variant, runs in variants.items()}
+
+
 def main(argv: list[str] | None = None) -> dict:
     """The command line; returns the summary."""
     argv = sys.argv[1:] if argv is None else list(argv)
     config = parse_config(Config, "ib_tpo", argv)
-    return compare(config, argv) if config.compare else branching_table(config) if config.branching_table else train(config)
+    if config.compare:
+        return compare(config, argv)
+    return plot(config) if config.plot else branching_table(config) if config.branching_table else train(config)
 
 
 if __name__ == "__main__":

@@ -638,6 +638,35 @@ def test_mistakes_in_a_comparison_are_one_line_before_any_run(folder, capsys):
     assert "cannot load the model" in refused(capsys, *QUICK, "--compare", "grpo", "--out", "all")
 
 
+def test_what_is_logged_of_rollouts_by_hand():
+    def t(group, reward, text, start=0):
+        return m.Trajectory([2], [3, 4], entropy=torch.tensor([1.0, 3.0]), start=start, group=group, text=text, reward=reward)
+
+    log = m.rollout_metrics([t(0, 1.0, "a"), t(0, 1.0, "a"), t(0, 1.0, "b"), t(0, 0.0, "c", 1), t(1, 0.0, "a"), t(1, 0.0, "b")])
+    assert log == {"reward": 0.5, "eff_rate": 0.5, "pass@k": 0.5, "distinct_correct": 1.0, "entropy": pytest.approx(23 / 11),
+                   "length": 2.0, "tokens_sampled": 11, "trajectories": 6}
+
+
+def test_plot_draws_a_curve_a_variant_over_the_tokens_sampled(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed here (pip install matplotlib)")
+    from matplotlib.axes import Axes
+    drawn, real = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **k: drawn.append((k["label"], x, y)) or real(self, x, y, **k))
+    for run, shift in (("all/grpo-0", 0), ("all/grpo-1", 1), ("ib_tpo+tree=2,2-0", 5)):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(
+            {"step": i, "reward": i + shift, "tokens_sampled": 100}) + "\n" for i in range(25)))
+    out = tmp_path / "c.svg"
+    assert m.main(["--plot", str(tmp_path / "all"), str(tmp_path / "ib_tpo+tree=2,2-0"), "--out", str(out)]) == {
+        "grpo": 2, "ib_tpo+tree=2,2": 1}
+    label, x, y = drawn[0]  # 25 bins of 100 tokens, a step each but for the last, which ends on the edge
+    assert label == "grpo (2)" and y == [*(i - 0.5 for i in range(1, 24)), 24] and x[0] == pytest.approx(150e-6)
+    assert out.read_text().startswith("<?xml") and "#808080" in out.read_text()
+    assert "no metrics.jsonl" in refused(capsys, "--plot", tmp_path / "nowhere")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in refused(capsys, "--plot", tmp_path)
+
+
 # ---- stage 1: branching ---------------------------------------------------------------------------------------------
 
 
