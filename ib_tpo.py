@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -75,6 +76,7 @@ class Config:
     save_every: int = HfArg(default=50, help="steps between checkpoints")
     compare: str = HfArg(default="", help="compare: variants METHOD[+field=value...], comma-separated; trains all of them")
     seeds: int = HfArg(default=4, help="compare: seeds of each variant")
+    show: bool = HfArg(default=False, help="do not train: print the tree that the policy of OUT, or the warm start, grows")
     plot: list[str] = field(default_factory=list, metadata={"help": "do not train: draw the runs in these folders, as SVG"})
     jobs: int = HfArg(default=1, help="compare: runs at a time, each in a process with its share of the cores")
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: cuda where there is one")
@@ -825,7 +827,7 @@ class Node:
     visits: int = 0  # trajectories through this step
     total_reward: float = 0.0  # of these, each 0 or 1
     end: int = 0  # response tokens from q to the end of this step
-    branched: int = 0  # times that this node was chosen to branch from
+    branched: list[int] = field(default_factory=list)  # the rounds in which it was chosen to branch from, 0 the first
     step_prob: str = "geomean"
     memory: tuple | None = None  # of the trajectory that came here first, see Trajectory
 
@@ -909,8 +911,8 @@ def select_nodes(root: Node, k: int, sampler: str, config, rng: random.Random) -
     candidates = [n for n in root.walk() if n.children and n.end < config.max_new_tokens]
     rng.shuffle(candidates) if sampler == "random" else candidates.sort(key={
         "ib": lambda n: -ib_score(n, config.beta),
-        "entropy": lambda n: (n.branched, -max(c.entropy.max().item() for c in n.children)),
-        "fixed": lambda n: (n.branched, len(n.path()))}[sampler])
+        "entropy": lambda n: (len(n.branched), -max(c.entropy.max().item() for c in n.children)),
+        "fixed": lambda n: (len(n.branched), len(n.path()))}[sampler])
     return list(itertools.islice(itertools.cycle(candidates), k))
 
 
@@ -928,7 +930,7 @@ def grow(model, tokenizer, problems, config, rng: random.Random) -> tuple[list[N
         starts = []
         for group, root in enumerate(roots):
             for node in select_nodes(root, K, config.sampler, config, rng) if level else [root]:
-                node.branched += 1
+                node.branched.append(level)
                 path = [root, *node.path()]  # the root's log-probs are empty
                 start = Trajectory(root.tokens, [t for n in path[1:] for t in n.tokens], torch.cat([n.logps for n in path]),
                                    torch.cat([n.entropy for n in path]), memory=node.memory, group=group)
@@ -1278,13 +1280,23 @@ def check_lengths(model, tokenizer, problems, config) -> None:
         fail(f"the longest prompt and max_new_tokens make {longest} tokens, the model's context holds {limit}")
 
 
+def load_state(folder: Path, device) -> dict:
+    """What state.pt of a run holds; fails with one line where there is none, or where it cannot be read."""
+    try:
+        return torch.load(folder / "state.pt", map_location=device, weights_only=True)
+    except FileNotFoundError:
+        fail(f"there is no {folder}/state.pt: no run with a checkpoint")
+    except Exception as e:  # whatever unpickling raises
+        fail(f"cannot read {folder}/state.pt: {one_line(e)}")
+
+
 def restore(folder: Path, config, parts: dict) -> dict:
     """The state of a new run, or with --resume that of the last checkpoint, whose numbers are loaded into `parts` (name:
     module or optimizer). What metrics.jsonl holds beyond the state goes. Fails where the configuration is another.
     """
     state = {"step": 0, "token": 0, "bad": 0, "before": None, "report": {}, "config": asdict(config)}
     if config.resume:
-        saved = torch.load(folder / "state.pt", map_location=next(parts["model"].parameters()).device, weights_only=True)
+        saved = load_state(folder, next(parts["model"].parameters()).device)
         free = {"resume", "out", "max_steps", "max_tokens", "save_every", "config", "compare", "seeds", "jobs"}  # may change
         other = [k for k in state["config"] if k not in free and state["config"][k] != saved["config"].get(k)]
         if other:
@@ -1540,13 +1552,60 @@ def plot(config) -> dict:
     return {variant: len(runs) for variant, runs in variants.items()}
 
 
+def shaded(pieces: list[str], heat: list[float], indent: int) -> str:
+    """Text pieces in lines of at most 80 columns, shaded by their heat (0 to 1): as background in a terminal, as bars below
+    in plain text and with NO_COLOR. What cannot be printed is a dot, the end of a line ↵.
+    """
+    rows, column, color = [[]], 0, sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for c, h in ((c, h) for piece, h in zip(pieces, heat) for c in piece):
+        width = 2 if unicodedata.east_asian_width(c) in ("W", "F") else 1
+        if column + width > 80 - indent:
+            rows, column = rows + [[]], 0
+        rows[-1].append((c if c.isprintable() else "↵" if c == "\n" else "·", h, width))
+        column += width
+    lines = []
+    for row in rows:
+        if color:
+            lines.append("".join(f"\033[30;48;5;{(231, 230, 223, 216, 209, 202)[round(5 * h)]}m{c}" for c, h, _ in row) + "\033[0m")
+        else:
+            lines += ["".join(c for c, _, _ in row), "".join(" ▁▂▃▄▅▆▇█"[round(8 * h)] * width for _, h, width in row).rstrip()]
+    return "\n".join(" " * indent + line for line in lines if line)
+
+
+def show_tree(config) -> Node:
+    """Print one held-out problem's tree: each step with visits, p̂, π, J_IB, its advantage A and the rounds that branched
+    after it; shaded by token entropy. The policy is OUT's, or the warm start.
+    """
+    torch.manual_seed(config.seed)
+    _, heldout = load_problems(config)
+    model, tokenizer = load_policy(config)
+    require_full_attention(model)
+    if config.out:
+        model.load_state_dict(load_state(Path(config.out), model.device)["model"])
+    problem = heldout[config.seed % len(heldout)]
+    (root,), _ = grow(model, tokenizer, [problem], config, random.Random(config.seed))
+    A = step_advantages(root, config)
+    print(f"{problem[0]}  answer {problem[1]}; β = {config.beta}, sampler {config.sampler}, advantage {config.advantage}")
+    for node in root.walk():
+        path = node.path()
+        print(" " * min(len(path), 30) + f"visits {node.visits}  p̂ {node.value:.2f}"
+              + (f"  π {node.confidence:.2f}  A {A[node]:+.2f}" if path else "")
+              + (f"  J {ib_score(node, config.beta):+.2f}" if node.children else "")
+              + (f"  rounds {', '.join(map(str, node.branched))}" if node.branched else ""))
+        pieces = [tokenizer.decode([t]) for t in node.tokens]
+        print(shaded(pieces, (node.entropy / math.log(4)).clamp(max=1).tolist() or [0.0] * len(pieces), min(len(path), 30)))
+    return root
+
+
 def main(argv: list[str] | None = None) -> dict:
     """The command line; returns the summary."""
     argv = sys.argv[1:] if argv is None else list(argv)
     config = parse_config(Config, "ib_tpo", argv)
     if config.compare:
         return compare(config, argv)
-    return plot(config) if config.plot else branching_table(config) if config.branching_table else train(config)
+    if config.plot:
+        return plot(config)
+    return show_tree(config) if config.show else branching_table(config) if config.branching_table else train(config)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -74,6 +75,7 @@ class Config:
     save_every: int = HfArg(default=50, help="steps between checkpoints")
     compare: str = HfArg(default="", help="compare: variants METHOD[+field=value...], comma-separated; trains all of them")
     seeds: int = HfArg(default=4, help="compare: seeds of each variant")
+    show: bool = HfArg(default=False, help="do not train: print how the policy of OUT, or the warm start, explores a problem")
     plot: list[str] = field(default_factory=list, metadata={"help": "do not train: draw the runs in these folders, as SVG"})
     jobs: int = HfArg(default=1, help="compare: runs at a time, each in a process with its share of the cores")
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: cuda where there is one")
@@ -1349,8 +1351,9 @@ def rollout(model, tokenizer, problems, n: int, config, keep=False) -> list[Traj
     return sample(model, tokenizer, [s for s in starts for _ in range(n)], config, keep=keep)
 
 
-def explore(model, tokenizer, psa, cvae, problems, config) -> tuple[list[Trajectory], list[Trajectory], dict]:
-    """I²B-LPO's stages 1 and 2 on a batch of problems: (candidates, kept ones with their advantages, what is logged).
+def explore(model, tokenizer, psa, cvae, problems, config) -> tuple[list[Trajectory], list[Trajectory], list, dict]:
+    """I²B-LPO's stages 1 and 2 on a batch of problems: (candidates, kept ones with their advantages, families: (parent, its
+    branches) each, what is logged).
 
     At most as many tokens are sampled as `grpo` would with `rollouts` responses of the same mean length.
     """
@@ -1388,7 +1391,7 @@ def explore(model, tokenizer, psa, cvae, problems, config) -> tuple[list[Traject
         "ib_dropped": scores[dropped].mean().item() if dropped else 0.0}
     for t in candidates:
         t.memory = None  # the parents' caches would otherwise sit beside the update's activations
-    return candidates, kept, metrics
+    return candidates, kept, families, metrics
 
 
 def assign_credit(candidates: list[Trajectory], kept: list[Trajectory], families, config) -> None:
@@ -1418,7 +1421,7 @@ def collect(model, tokenizer, psa, cvae, problems, config, rng: random.Random) -
     """
     size, log = min(config.prompts_per_step, len(problems)), {}
     if config.method == "iiblpo":
-        everything, batch, log = explore(model, tokenizer, psa, cvae, rng.sample(problems, size), config)
+        everything, batch, _, log = explore(model, tokenizer, psa, cvae, rng.sample(problems, size), config)
     else:
         everything, batch, rounds = [], [], 3 if config.method == "dapo" else 1
         while rounds and (missing := size - len({t.group for t in batch})):
@@ -1488,13 +1491,23 @@ def check_lengths(model, tokenizer, problems, config) -> None:
         fail(f"the longest prompt and max_new_tokens make {longest} tokens, the model's context holds {limit}")
 
 
+def load_state(folder: Path, device) -> dict:
+    """What state.pt of a run holds; fails with one line where there is none, or where it cannot be read."""
+    try:
+        return torch.load(folder / "state.pt", map_location=device, weights_only=True)
+    except FileNotFoundError:
+        fail(f"there is no {folder}/state.pt: no run with a checkpoint")
+    except Exception as e:  # whatever unpickling raises
+        fail(f"cannot read {folder}/state.pt: {one_line(e)}")
+
+
 def restore(folder: Path, config, parts: dict) -> dict:
     """The state of a new run, or with --resume that of the last checkpoint, whose numbers are loaded into `parts` (name:
     module or optimizer). What metrics.jsonl holds beyond the state goes. Fails where the configuration is another.
     """
     state = {"step": 0, "token": 0, "bad": 0, "before": None, "report": {}, "config": asdict(config)}
     if config.resume:
-        saved = torch.load(folder / "state.pt", map_location=next(parts["model"].parameters()).device, weights_only=True)
+        saved = load_state(folder, next(parts["model"].parameters()).device)
         free = {"resume", "out", "max_steps", "max_tokens", "save_every", "config", "compare", "seeds", "jobs"}  # may change
         other = [k for k in state["config"] if k not in free and state["config"][k] != saved["config"].get(k)]
         if other:
@@ -1558,6 +1571,17 @@ def summarize(config, folder: Path, state: dict, after: dict, started: float) ->
     return summary
 
 
+def latents(model, config) -> tuple[PseudoSelfAttention | None, LatentCVAE | None]:
+    """What makes and injects latents, new; (None, None) for the methods and the branch_mode without them."""
+    if config.method != "iiblpo":
+        return None, None
+    require_llama_like(model)
+    if config.branch_mode == "random":
+        return None, None
+    cvae = LatentCVAE(model.config.hidden_size, config.z_dim)
+    return PseudoSelfAttention(model, config).to(model.device), cvae.to(model.device)
+
+
 def train(config: Config) -> dict:
     """Evaluate, train the CVAE, train the policy, evaluate again; returns the summary."""
     started = time.time()
@@ -1567,12 +1591,7 @@ def train(config: Config) -> dict:
     model, tokenizer = load_policy(config)
     check_lengths(model, tokenizer, problems + heldout, config)
     reference = load_policy(config)[0] if config.kl else None  # from where the run began, also when it is resumed
-    psa = cvae = None
-    if config.method == "iiblpo":
-        require_llama_like(model)
-    if config.method == "iiblpo" and config.branch_mode != "random":
-        psa = PseudoSelfAttention(model, config).to(model.device)
-        cvae = LatentCVAE(model.config.hidden_size, config.z_dim).to(model.device)
+    psa, cvae = latents(model, config)
     parameters = [{"params": list(model.parameters()), "scale": 1.0}]
     if psa is not None:
         parameters.append({"params": list(psa.parameters()), "scale": config.psa_lr})
@@ -1728,11 +1747,76 @@ def plot(config) -> dict:
     return {variant: len(runs) for variant, runs in variants.items()}
 
 
+def shaded(pieces: list[str], heat: list[float], indent: int) -> str:
+    """Text pieces in lines of at most 80 columns, shaded by their heat (0 to 1): as background in a terminal, as bars below
+    in plain text and with NO_COLOR. What cannot be printed is a dot, the end of a line ↵.
+    """
+    rows, column, color = [[]], 0, sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for c, h in ((c, h) for piece, h in zip(pieces, heat) for c in piece):
+        width = 2 if unicodedata.east_asian_width(c) in ("W", "F") else 1
+        if column + width > 80 - indent:
+            rows, column = rows + [[]], 0
+        rows[-1].append((c if c.isprintable() else "↵" if c == "\n" else "·", h, width))
+        column += width
+    lines = []
+    for row in rows:
+        if color:
+            lines.append("".join(f"\033[30;48;5;{(231, 230, 223, 216, 209, 202)[round(5 * h)]}m{c}" for c, h, _ in row) + "\033[0m")
+        else:
+            lines += ["".join(c for c, _, _ in row), "".join(" ▁▂▃▄▅▆▇█"[round(8 * h)] * width for _, h, width in row).rstrip()]
+    return "\n".join(" " * indent + line for line in lines if line)
+
+
+def show_branches(config) -> list[tuple]:
+    """Print one held-out problem's rollouts as the method sees them: parents shaded by entropy (1 bar: 0, full: ln 4 nats and
+    more), t* marked by ▸, and each response's reward, Î, Ĥ, S_IB and fate. The policy is OUT's, or the warm start.
+    """
+    torch.manual_seed(config.seed)
+    problems, heldout = load_problems(config)
+    model, tokenizer = load_policy(config)
+    require_llama_like(model)
+    psa, cvae = latents(model, config)
+    if config.out:
+        saved = load_state(Path(config.out), model.device)
+        for name, part in {"model": model, "psa": psa, "cvae": cvae}.items():
+            if part is not None and name in saved:
+                part.load_state_dict(saved[name])
+        step = saved["step"]
+    elif psa is not None:
+        train_cvae(cvae, model, cvae_pairs(model, tokenizer, problems, config, random.Random(config.seed)), config)
+        step = 0
+    if psa is not None:
+        psa.gamma = psa_gamma(step, config)
+    problem = heldout[config.seed % len(heldout)]
+    candidates, kept, families, _ = explore(model, tokenizer, psa, cvae, [problem], config)
+    gain = answer_gain(model, tokenizer, candidates, [problem[1]] * len(candidates), config).tolist()
+    scores = ib_scores(model, tokenizer, candidates, [problem], config).tolist()
+    of, branches = {id(t): (i, s) for t, i, s in zip(candidates, gain, scores)}, {id(p): c for p, c in families}
+    print(f"{problem[0]}  answer {problem[1]}; γ = {psa.gamma if psa else 0:.2f}, β = {config.beta}")
+
+    def family(t, depth):
+        children = branches.get(id(t), [])
+        print(f"{'    ' * depth}{'branch' if depth else 'rollout'}: reward {t.reward:.0f}  Î {of[id(t)][0]:+.2f}  "
+              f"Ĥ {t.entropy.sum():.2f}  S_IB {of[id(t)][1]:+.2f}  {'kept' if any(t is k for k in kept) else 'dropped'}")
+        pieces = [tokenizer.decode([token]) for token in t.response]
+        if children:
+            pieces[children[0].start] = "▸" + pieces[children[0].start]
+        print(shaded(pieces[t.start:], (t.entropy / math.log(4)).clamp(max=1).tolist()[t.start:], 4 * depth + 2))
+        for child in children:
+            family(child, depth + 1)
+
+    for t in candidates[:config.initial]:
+        family(t, 0)
+    return [(t, *of[id(t)]) for t in candidates]
+
+
 def main(argv: list[str] | None = None) -> dict:
     """The command line; returns the summary."""
     argv = sys.argv[1:] if argv is None else list(argv)
     config = parse_config(Config, "iiblpo", argv)
-    return compare(config, argv) if config.compare else plot(config) if config.plot else train(config)
+    if config.compare:
+        return compare(config, argv)
+    return plot(config) if config.plot else show_branches(config) if config.show else train(config)
 
 
 if __name__ == "__main__":

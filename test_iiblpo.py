@@ -667,6 +667,34 @@ def test_plot_draws_a_curve_a_variant_over_the_tokens_sampled(tmp_path, monkeypa
     assert "pip install matplotlib" in refused(capsys, "--plot", tmp_path)
 
 
+def test_shading_fits_80_columns_and_prints_no_control_characters(monkeypatch):
+    text = ["3+8\n", "\x1b[31m", "漢字" * 60, "x" * 100]
+    lines = m.shaded(text, [0.5, 1.0, 0.1, 0.0], 7).split("\n")
+    wide = [sum(2 if c in "漢字" else 1 for c in line) for line in lines]
+    assert max(wide) <= 80 and "\x1b" not in "".join(lines) and lines[0].startswith(" " * 7 + "3+8↵·[31m漢字")
+    assert lines[1].startswith(" " * 7 + "▄▄▄▄█████▁▁▁▁")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[30;48;5;" in m.shaded(["a"], [0.5], 0)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert m.shaded(["a"], [0.5], 0) == "a\n▄"
+
+
+def test_show_prints_a_problem_as_the_methods_see_it(folder, capsys, monkeypatch):
+    flags = list(map(str, [*QUICK, "--show"]))
+    rows = m.main(flags)
+    out = capsys.readouterr().out
+    assert out.count("rollout: ") == 2 and out.count("branch: ") == len(rows) - 2 > 0 and out.count("▸") == 2
+    assert all(len(line) <= 80 for line in out.splitlines() if "cvae" not in line) and "Î " in out and "S_IB " in out
+    assert not Path("runs").exists()  # nothing is written
+    m.main(list(map(str, [*QUICK, "--max_steps", 1, "--out", "run"])))
+    m.main([*flags, "--out", "run"])
+    root = tpo.main(list(map(str, [*TREES, "--show"])))
+    out = capsys.readouterr().out
+    assert out.count("visits ") == len(root.walk()) and "rounds 0" in out and " π " in out and " J " in out
+    assert "no run with a checkpoint" in refused(capsys, *TREES, "--show", "--out", "nowhere", script=tpo)
+
+
 # ---- stage 1: branching ---------------------------------------------------------------------------------------------
 
 
@@ -932,7 +960,7 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
     problems, rng = [("1+2*3=", "7"), ("9-4=", "5")], random.Random(4)
     monkeypatch.setattr(m, "verify", lambda a, gold: rng.random() < 0.5)
     torch.manual_seed(8)
-    candidates, kept, _ = m.explore(model, tokenizer, psa, cvae, problems, c)
+    candidates, kept, _, _ = m.explore(model, tokenizer, psa, cvae, problems, c)
     assert len(candidates) == 16
     scores, gains, sums = [], [], []
     with torch.no_grad():
@@ -1003,7 +1031,7 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
 def test_at_the_first_update_the_ratio_is_one_and_psa_learns():
     model, tokenizer = small_model(), m.tiny_tokenizer()
     c, psa, cvae = steered(model, "--branches", 3, "--initial", 2, "--keep", 3)
-    candidates, kept, log = m.explore(model, tokenizer, psa, cvae, [("1+2*3=", "7"), ("9-4=", "5")], c)
+    candidates, kept, _, log = m.explore(model, tokenizer, psa, cvae, [("1+2*3=", "7"), ("9-4=", "5")], c)
     for t, a in zip(kept, torch.randn(len(kept)).tolist()):
         t.advantage = a
     stats = m.update(model, Grab(torch.nn.ModuleList([model, psa])), kept, c, None, psa)
@@ -1111,7 +1139,7 @@ def test_samplers_choose_as_they_say():
     root, node = hand_tree()
     for s, n in node.items():
         n.entropy = torch.full((len(n.tokens),), {"e": 0.9, "h": 0.7, "c": 0.5}.get(s, 0.1))
-    root.branched, rng = 1, random.Random(0)
+    root.branched, rng = [0], random.Random(0)
 
     def names(k, sampler, c=tree_config()):
         return "".join("q" if n is root else chr(n.tokens[0]) for n in tpo.select_nodes(root, k, sampler, c, rng))
@@ -1119,7 +1147,7 @@ def test_samplers_choose_as_they_say():
     assert names(4, "ib") == "bqga" and names(6, "ib") == "bqgabq"  # by the scores above, then again
     assert names(4, "entropy") == "agbq"  # before e, h, c; the root was branched once already
     assert names(4, "fixed") == "agbq"  # from the root down, each place once
-    node["a"].branched = node["g"].branched = 1
+    node["a"].branched = node["g"].branched = [1]
     assert names(4, "fixed") == "bqag" and names(2, "entropy") == "ba"
     drawn = {names(1, "random") for _ in range(99)}
     assert drawn == set("qabg")
