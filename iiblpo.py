@@ -1272,9 +1272,45 @@ def distinct_n(texts: list[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def self_bleu(texts: list[str]) -> float:
+    """Self-BLEU: the mean BLEU-4 of each text against all others as its references, in [0, 1]; 1: all say the same.
+
+    White-space words; an order without a match counts 0.1 matches, so that short texts are not all 0 (nltk's method1).
+    """
+    words, log_precision = [text.split() for text in texts], [0.0] * len(texts)
+    for n in (1, 2, 3, 4):
+        counts, of = [Counter(zip(*(w[i:] for i in range(n)))) for w in words], defaultdict(list)
+        for gram, count in (item for c in counts for item in c.items()):
+            of[gram].append(count)
+        top = {gram: sorted(found, reverse=True) + [0] for gram, found in of.items()}
+        for i, c in enumerate(counts):  # a count is clipped to the highest among the others
+            hits = sum(min(count, top[gram][count == top[gram][0]]) for gram, count in c.items())
+            log_precision[i] += math.log((hits or (0.1 if n > 1 else 1e-300)) / max(1, sum(c.values()))) / 4
+    scores = []
+    for i, w in enumerate(words):
+        closest = min((len(v) for j, v in enumerate(words) if j != i), key=lambda r: (abs(r - len(w)), r))
+        scores.append(math.exp(log_precision[i] + min(0.0, 1 - closest / max(1, len(w)))))
+    return sum(scores) / len(scores)
+
+
+def self_rouge_l(texts: list[str]) -> float:
+    """Self-ROUGE-L: the mean over pairs of texts of the F1 of their longest common subsequence of white-space words."""
+    words, scores = [text.split() for text in texts], []
+    for a, b in itertools.combinations(words, 2):
+        places, row = defaultdict(int), (1 << len(a)) - 1  # the table's row as bits, 0 where the length grows [Hyyro 2004]
+        for i, word in enumerate(a):
+            places[word] |= 1 << i
+        for word in b:
+            match = row & places[word]
+            row = (row + match | row - match) & (1 << len(a)) - 1
+        scores.append(2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b)))
+    return sum(scores) / len(scores)
+
+
 def evaluate(model, tokenizer, problems, config) -> dict:
     """Greedy accuracy, and over n = `eval_samples` sampled responses a problem: pass@1 (avg@n), pass@k and maj@k with
-    k = n, Distinct-1 and -4 and the number of different correct responses (each a mean over problems), mean length.
+    k = n, Distinct-1 and -4, 1 - Self-BLEU, 1 - Self-ROUGE-L, the number of different correct responses (each a mean over
+    problems), and the mean length.
 
     Its random numbers depend on nothing but the configuration's seed and are the same before and after training.
     """
@@ -1294,6 +1330,9 @@ def evaluate(model, tokenizer, problems, config) -> dict:
         result["maj@k"] += bool(votes) and verify(votes[0][0], gold)
         result["distinct_1"] += distinct_n(texts, 1)
         result["distinct_4"] += distinct_n(texts, 4)
+        if n > 1:  # diversity: 1 - similarity
+            result["1-self_bleu"] += 1 - self_bleu(texts)
+            result["1-self_rouge_l"] += 1 - self_rouge_l(texts)
         result["distinct_correct"] += len({text for text, r in zip(texts, right) if r})
         result["length"] += sum(len(t.response) for t in sampled[i * n:(i + 1) * n]) / n
     return {key: round(value / len(problems), 4) for key, value in result.items()}

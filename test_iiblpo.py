@@ -337,6 +337,32 @@ def test_distinct_n():
     assert m.distinct_n(["a b a", "b c"], 1) == 3 / 5 and m.distinct_n(["a b a", "a b"], 2) == 2 / 3 and m.distinct_n(["a"], 4) == 0
 
 
+def diverse_texts(seed):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices("abcde", k=rng.randint(0 if seed % 3 == 0 else 5, 12))) for _ in range(6)] + ["a b c d e f"] * (seed % 2)
+
+
+def test_self_bleu_is_nltks():
+    nltk = pytest.importorskip("nltk.translate.bleu_score", reason="nltk is not installed here (pip install nltk)")
+    for seed in range(30):
+        words = [t.split() for t in diverse_texts(seed)]
+        theirs = [nltk.sentence_bleu(words[:i] + words[i + 1:], w, smoothing_function=nltk.SmoothingFunction().method1)
+                  for i, w in enumerate(words)]
+        assert m.self_bleu(diverse_texts(seed)) == pytest.approx(sum(theirs) / len(theirs), abs=1e-9)
+    assert m.self_bleu(["a b c d"] * 3) == pytest.approx(1) and m.self_bleu(["a b", "c d"]) == pytest.approx(0)
+
+
+def test_self_rouge_l_is_googles():
+    library = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is not installed here (pip install rouge-score)")
+    words = type("Words", (), {"tokenize": lambda self, text: text.split()})()
+    scorer = library.RougeScorer(["rougeL"], tokenizer=words)
+    for seed in range(30):
+        texts = diverse_texts(seed)
+        theirs = [scorer.score(a, b)["rougeL"].fmeasure for a, b in itertools.combinations(texts, 2)]
+        assert m.self_rouge_l(texts) == pytest.approx(sum(theirs) / len(theirs), abs=1e-9)
+    assert m.self_rouge_l(["a b c d", "a c e"]) == pytest.approx(4 / 7)  # "a c" of 4 and 3 words
+
+
 def test_masked_mean():
     x, mask = torch.tensor([[1., 2.], [6., 9.]]), torch.tensor([[1, 1], [1, 0]])
     assert m.masked_mean(x, mask).item() == 3 and m.masked_mean(x, mask, "sequence").item() == 3.75
