@@ -26,6 +26,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ import sympy
 import torch
 import yaml
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -1343,27 +1345,40 @@ def evaluate(model, tokenizer, problems, config) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def save_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, then rename: neither a reader nor a crash ever meets half a file or half a folder."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    if path.is_dir():
-        shutil.rmtree(path)  # a folder that is not empty cannot be replaced in one call
-    os.replace(temporary, path)
+    """`write(temporary path)`, then rename: neither a reader nor a crash ever meets half a file or half a folder. Where the
+    disk is full or not to be written, one line says so and what was there before stays.
+    """
+    temporary, old = (path.with_name(f"{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old.tmp"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        if path.is_dir():
+            os.replace(path, old)  # a folder that is not empty cannot be replaced in one call
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own words for a full disk
+        fail(f"cannot write {path}: {one_line(e)}; what stood there before is untouched")
+    finally:
+        remove(temporary)
+        remove(old)
 
 
 def output_folder(config) -> Path:
     """OUT, or the next free runs/METHOD-SEED-N (with --resume the last used). Refuses to write over another run."""
-    if config.out:
-        folder = Path(config.out)
-        if not config.resume and (folder / "metrics.jsonl").exists():
-            fail(f"{folder} holds a run already; go on with --resume or choose another --out")
-    else:
-        n = next(n for n in range(10 ** 6) if not Path(f"runs/{config.method}-{config.seed}-{n}/metrics.jsonl").exists())
-        folder = Path(f"runs/{config.method}-{config.seed}-{max(0, n - config.resume)}")
-    if config.resume and not (folder / "state.pt").exists():
-        fail(f"nothing to resume: there is no {folder}/state.pt")
+    names = (Path(f"runs/{config.method}-{config.seed}-{n}") for n in itertools.count())
+    used = list(itertools.takewhile(Path.exists, names))
+    folder = Path(config.out) if config.out else next(  # a folder without a checkpoint is free
+        (p for p in used if not (p / "state.pt").exists() and not config.resume),
+        used[-1] if used and config.resume else Path(f"runs/{config.method}-{config.seed}-{len(used)}"))
+    if config.resume and not folder.is_dir():
+        fail(f"nothing to resume: there is no run in {folder}")
+    if not config.resume and (folder / "state.pt").exists():
+        fail(f"{folder} holds a run already; go on with --resume or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -1541,11 +1556,12 @@ def load_state(folder: Path, device) -> dict:
 
 
 def restore(folder: Path, config, parts: dict) -> dict:
-    """The state of a new run, or with --resume that of the last checkpoint, whose numbers are loaded into `parts` (name:
-    module or optimizer). What metrics.jsonl holds beyond the state goes. Fails where the configuration is another.
+    """The state of a new run, or with --resume that of the last checkpoint, if there is one yet, whose numbers are loaded
+    into `parts` (name: module or optimizer). What stands in the folder beyond the state goes. Fails where the configuration
+    is another.
     """
     state = {"step": 0, "token": 0, "bad": 0, "before": None, "report": {}, "config": asdict(config)}
-    if config.resume:
+    if config.resume and (folder / "state.pt").exists():
         saved = load_state(folder, next(parts["model"].parameters()).device)
         free = {"resume", "out", "max_steps", "max_tokens", "save_every", "config", "compare", "seeds", "jobs"}  # may change
         other = [k for k in state["config"] if k not in free and state["config"][k] != saved["config"].get(k)]
@@ -1555,8 +1571,10 @@ def restore(folder: Path, config, parts: dict) -> dict:
         for name, part in parts.items():
             part.load_state_dict(saved.pop(name))
         state = saved | {"config": state["config"]}
+    for left in folder.glob("*.tmp"):
+        remove(left)
     log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines()[:state["step"]] if config.resume else []
+    lines = log.read_text().splitlines()[:state["step"]] if state["step"] else []
     save_atomically(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
     return state
 
@@ -1571,30 +1589,50 @@ def save(folder: Path, tokenizer, state: dict, parts: dict) -> None:
 def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_step) -> None:
     """Call one_step(step, rng) -> metrics until max_steps or max_tokens; log each, warm the learning rate up, save.
 
-    Every step seeds itself from (seed, step): a resumed run needs no saved random state to go on exactly.
+    Every step seeds itself from (seed, step): a resumed run needs no saved random state to go on exactly. Ctrl-C ends the
+    run after the step, with a checkpoint; a second one ends it at once.
     """
     unit, total = ("token", config.max_tokens) if config.max_tokens else ("step", config.max_steps)
     bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token", disable=None)
-    while state["step"] < config.max_steps and (unit == "step" or state["token"] < total):
-        step = state["step"]
-        rng = random.Random(f"{config.seed} {step}")
-        torch.manual_seed(rng.getrandbits(63))
-        for group in parts["optimizer"].param_groups:
-            group["lr"] = config.lr * group["scale"] * min(1.0, (step + 1) / max(1, config.lr_warmup))
-        metrics = one_step(step, rng)
-        with (folder / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps({"step": step, **metrics}) + "\n")
-        bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "eff_rate", "entropy")}, refresh=False)
-        bar.update(1 if unit == "step" else metrics["tokens_sampled"])
-        state |= {"step": step + 1, "token": state["token"] + metrics["tokens_sampled"],
-                  "bad": state["bad"] + 1 if metrics["skipped"] else 0}
-        if state["bad"] == 5:
-            fail(f"the loss or its gradient was not finite in 5 steps in a row (the last: step {step}); lower --lr, or "
-                 f"resume from {folder}/state.pt")
-        if state["step"] % config.save_every == 0:
+    interrupted, log = [], folder / "metrics.jsonl"
+
+    def interrupt(*_):
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(True)
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        if not state["step"]:
             save(folder, tokenizer, state, parts)
-    bar.close()
+        while state["step"] < config.max_steps and (unit == "step" or state["token"] < total) and not interrupted:
+            step = state["step"]
+            rng = random.Random(f"{config.seed} {step}")
+            torch.manual_seed(rng.getrandbits(63))
+            for group in parts["optimizer"].param_groups:
+                group["lr"] = config.lr * group["scale"] * min(1.0, (step + 1) / max(1, config.lr_warmup))
+            metrics = one_step(step, rng)
+            with log.open("a") as f:
+                f.write(json.dumps({"step": step, **metrics}) + "\n")
+            bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "eff_rate", "entropy")}, refresh=False)
+            bar.update(1 if unit == "step" else metrics["tokens_sampled"])
+            state |= {"step": step + 1, "token": state["token"] + metrics["tokens_sampled"],
+                      "bad": state["bad"] + 1 if metrics["skipped"] else 0}
+            if state["bad"] == 5:
+                fail(f"the loss or its gradient was not finite in 5 steps in a row (the last: step {step}); lower --lr, or "
+                     f"resume from {folder}/state.pt")
+            if state["step"] % config.save_every == 0:
+                save(folder, tokenizer, state, parts)
+    except OSError as e:
+        fail(f"cannot write {log}: {one_line(e)}; mend that and go on with --resume --out {folder}")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        bar.close()
     save(folder, tokenizer, state, parts)
+    if interrupted:
+        print(f"stopped after {state['step']} steps; go on with the same command and --resume --out {folder}", file=sys.stderr)
+        raise SystemExit(130)
 
 
 def summarize(config, folder: Path, state: dict, after: dict, started: float) -> dict:
@@ -1682,7 +1720,7 @@ def compare(config, argv: list[str]) -> dict:
             flags += [f"--{key}", *value.split(" ")]
         parse_config(type(config), Path(__file__).stem, flags)  # a mistake ends the program here
         if not (out / "summary.json").exists():
-            waiting.append((out, flags + ["--resume"] * (out / "state.pt").exists()))
+            waiting.append((out, flags + ["--resume"] * out.exists()))
     if waiting:
         load_policy(config)  # the warm start, once for all
     threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
@@ -1691,8 +1729,6 @@ def compare(config, argv: list[str]) -> dict:
         while waiting and len(running) < config.jobs:
             out, flags = waiting.pop(0)
             out.mkdir(parents=True, exist_ok=True)
-            if not (out / "state.pt").exists():
-                (out / "metrics.jsonl").unlink(missing_ok=True)  # it broke before its first checkpoint
             with (out / "log.txt").open("a") as log:
                 running.append((out, subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log,
                                                       env={"OMP_NUM_THREADS": threads, **os.environ})))
@@ -1859,4 +1895,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted")

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -648,7 +649,7 @@ def test_compare_runs_resumes_and_pairs(folder, capsys):
     mean, error = table[names[1]]["pass@1"]["difference ± error"]
     d = [y - x for x, y in zip(a, b)]
     assert mean == pytest.approx(sum(d) / 2) and error == pytest.approx(abs(d[0] - d[1]) / 2)  # n = 2: std / sqrt(2)
-    lines = Path("all/ib_tpo+tree=2-2-2-1-0/metrics.jsonl").read_text().splitlines()
+    lines = Path("all/ib_tpo+tree=2,2,2,1-0/metrics.jsonl").read_text().splitlines()
     assert table[names[1]]["runs"][0]["last"]["reward"] == pytest.approx(sum(json.loads(x)["reward"] for x in lines) / 2)
     stamp = Path("all/grpo-1/summary.json").stat().st_mtime_ns
     Path("all/grpo-0/summary.json").unlink()  # a run that broke before its last evaluation
@@ -719,6 +720,79 @@ def test_show_prints_a_problem_as_the_methods_see_it(folder, capsys, monkeypatch
     out = capsys.readouterr().out
     assert out.count("visits ") == len(root.walk()) and "rounds 0" in out and " π " in out and " J " in out
     assert "no run with a checkpoint" in refused(capsys, *TREES, "--show", "--out", "nowhere", script=tpo)
+
+
+def start_run(script, *flags, **how):
+    """A run in a process of its own, in the current folder."""
+    return subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **how)
+
+
+def wait_for_lines(path, n, process):
+    while not (path.exists() and path.read_text().count("\n") >= n):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("script, flags", [("iiblpo.py", QUICK), ("ib_tpo.py", TREES)], ids=["iiblpo", "ib_tpo"])
+def test_ctrl_c_saves_and_says_how_to_go_on_and_a_kill_loses_nothing(folder, script, flags):
+    flags = list(map(str, [*flags, "--max_steps", 6, "--save_every", 3]))
+    main = {"iiblpo.py": m, "ib_tpo.py": tpo}[script].main
+    whole = main([*flags, "--out", "whole"])
+    process = start_run(script, *flags, "--out", "part")
+    wait_for_lines(Path("part/metrics.jsonl"), 1, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    done = len(metrics("part"))
+    if process.returncode != 0:  # it may have been in its last evaluation already
+        assert process.returncode == 130 and f"stopped after {done} steps" in errors and "--resume --out part" in errors
+        assert "Traceback" not in errors and torch.load("part/state.pt")["step"] == done
+    process = start_run(script, *flags, "--out", "part", "--resume")
+    wait_for_lines(Path("part/metrics.jsonl"), min(done + 1, 6), process)
+    process.kill()
+    process.communicate()
+    after = main([*flags, "--out", "part", "--resume"])["after"]
+    assert metrics("part") == metrics("whole") and after == whole["after"] and not list(Path("part").glob("*.tmp*"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(folder, capsys):
+    Path("part").mkdir()
+    (Path("part") / "metrics.jsonl").write_text("")
+    (Path("part") / "model.77.tmp").mkdir()
+    for flags in (["--resume"], []):
+        m.main(list(map(str, [*QUICK, "--method", "grpo", "--out", "part", "--max_steps", 1, *flags])))
+        assert len(metrics("part")) == 1 and not list(Path("part").glob("*.tmp"))
+        Path("part/state.pt").unlink()
+    for n in (0, 1):  # without --out: runs/METHOD-SEED-N
+        m.main(list(map(str, [*QUICK, "--method", "grpo", "--max_steps", 1])))
+        assert Path(f"runs/grpo-0-{n}/summary.json").exists()
+    Path("runs/grpo-0-2").mkdir()
+    m.main(list(map(str, [*QUICK, "--method", "grpo", "--max_steps", 1, "--resume"])))
+    assert Path("runs/grpo-0-2/summary.json").exists()
+
+
+FULL = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # as a full disk: no file may grow beyond
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("limit", [1000, 200_000, 900_000])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(folder, limit):
+    flags = list(map(str, [*QUICK, "--method", "entropy_reg", "--out", "run"]))  # whose Adam has moments from the first step on
+    whole = m.main([*flags[:-1], "whole"])
+    m.main([*flags, "--max_steps", "2"])
+    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file() and p.name not in ("summary.json", "metrics.jsonl")}
+    run = subprocess.run([sys.executable, "-c", FULL, str(limit), str(HERE / "iiblpo.py"), *flags, "--resume"], capture_output=True,
+                         text=True)
+    assert run.returncode == 2 and "Traceback" not in run.stderr and run.stderr.count("error: cannot write run/") == 1
+    if limit < 300_000:  # the model (about 450 kB) did not fit, either
+        assert before == {p: p.read_bytes() for p in before}
+    assert before[Path("run/state.pt")] == Path("run/state.pt").read_bytes() and not list(Path(".").rglob("*.tmp"))
+    assert m.main([*flags, "--resume"])["after"] == whole["after"] and metrics("run") == metrics("whole")
 
 
 # ---- stage 1: branching ---------------------------------------------------------------------------------------------
