@@ -34,6 +34,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -144,6 +145,8 @@ class Config:
             fail("delimiter must not be empty")
         if self.advantage == "grpo" and self.update == "tree" and self.updates_per_step > 1:
             fail("with advantage grpo and several updates a step each trajectory is clipped for itself: use --update flat")
+        if self.prompts_per_step < WORLD:
+            fail(f"prompts_per_step ({self.prompts_per_step}) must be at least the number of processes ({WORLD})")
         if "{question}" not in self.prompt:
             fail("prompt must contain {question}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -202,6 +205,57 @@ def parse_config(cls: type, script: str, argv: list[str]):
     if rest:
         unknown(rest[0])
     return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes: under `torchrun` each explores its share of a step's prompts; gradients are summed, each token weighted
+# as in one process. The first process makes what is made once, logs and saves. Alone, all of this does nothing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(config) -> None:
+    """Join the processes that torchrun started; the others than the first print nothing but errors."""
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        cuda = config.device != "cpu" and torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def first_then_others(make):
+    """make() in the first process, then in the others, who find what it made (a warm start, a download)."""
+    result = make() if RANK == 0 else None
+    if WORLD > 1:
+        torch.distributed.barrier()
+    return result if RANK == 0 else make()
+
+
+def from_first(value):
+    """The first process's value (anything that pickles)."""
+    values = [value]
+    if WORLD > 1:
+        torch.distributed.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def over_processes(metrics: dict, summed: tuple = ()) -> dict:
+    """Metrics of all processes as one: those in `summed` are added up, the others averaged over who has them."""
+    everyone = [metrics] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(everyone, metrics)
+    found = {key: [m[key] for m in everyone if key in m] for m in everyone for key in m}
+    return metrics if WORLD == 1 else {k: sum(v) / (1 if k in summed else len(v)) for k, v in found.items()}
+
+
+def sum_gradients(*modules) -> None:
+    """Add up the gradients of all processes, so that each takes the same optimizer step."""
+    for p in (p for module in modules if WORLD > 1 for p in module.parameters()):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.distributed.all_reduce(p.grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,7 +569,7 @@ def load_policy(config) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
     that it depends on. Fails with one line where the model cannot be loaded or has no end-of-sequence token.
     """
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    name = warm_start(config, device) if config.model == "tiny" else config.model
+    name = first_then_others(lambda: warm_start(config, device)) if config.model == "tiny" else config.model
     if not Path(name).exists() and "/" not in str(name):
         organisation = ORGANISATIONS.get(re.match("[a-z]*", name.lower())[0])
         name = f"{organisation}/{name}" if organisation else name
@@ -1147,31 +1201,35 @@ def update_on_trees(model, optimizer, roots: list[Node], config, reference=None)
     """
     taught = [(root, step_advantages(root, config)) for root in roots]
     taught = [(root, A) for root, A in taught if any(A.values()) or config.kl]
+    means, stats = defaultdict(float, tokens_total=0, tokens_unique=0), {"skipped": 0}
     model.train(config.gradient_checkpointing)  # the mode that switches checkpointing on; no other layer differs
-    nodes = [n for root, _ in taught for n in root.walk()[1:]]
-    stats = defaultdict(float, tokens_total=sum(n.visits * len(n.tokens) for n in nodes),
-                        tokens_unique=sum(len(n.tokens) for n in nodes), skipped=0)
-    parts = [p for p in (taught[i::config.updates_per_step] for i in range(config.updates_per_step)) if p]
+    parts = [taught[i::config.updates_per_step] for i in range(config.updates_per_step)]
     for part in parts:
+        nodes = [n for root, _ in part for n in root.walk()[1:]]
+        tokens = {"tokens_total": sum(n.visits * len(n.tokens) for n in nodes), "tokens_unique": sum(len(n.tokens) for n in nodes)}
+        whole = over_processes(tokens, tuple(tokens))["tokens_total"]
+        if not whole:
+            continue
         if config.update == "tree":
             items, length = [pack_tree(*tree) for tree in part], lambda pack: pack["input_ids"].shape[1]
         else:
             items, length = [t for tree in part for t in flatten(*tree, config)], lambda t: len(t.prompt) + len(t.response)
-        tokens, loss = sum(n.visits * len(n.tokens) for root, _ in part for n in root.walk()[1:]), 0.0
         for micro in micro_batches(items, config.micro_tokens, length):
-            share = sum(x["weights"].sum().item() if config.update == "tree" else len(x.response) for x in micro) / tokens
+            share = sum(x["weights"].sum().item() if config.update == "tree" else len(x.response) for x in micro) / whole
             micro_loss, extra = tree_loss(model, micro, config, reference)
             (share * micro_loss).backward()
-            loss += share * extra["loss"]
             for key, value in extra.items():
-                stats[key] += share * value / len(parts)
+                means[key] += share * value / len(parts)
+        for key, value in tokens.items():
+            means[key] += value
+        sum_gradients(model)
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        if math.isfinite(stats["grad_norm"]) and math.isfinite(loss):
+        if math.isfinite(stats["grad_norm"]):
             optimizer.step()
         else:
             stats["skipped"] += 1
         optimizer.zero_grad()
-    return dict(stats)
+    return {**over_processes(means, tuple(means)), **stats}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1233,9 +1291,10 @@ def evaluate(model, tokenizer, problems, config) -> dict:
 
     Its random numbers depend on nothing but the configuration's seed and are the same before and after training.
     """
+    count, problems = len(problems), problems[RANK::WORLD]
     prompts, n = [Trajectory(encode_prompt(tokenizer, q, config)) for q, _ in problems], config.eval_samples
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + RANK)
         greedy = sample(model, tokenizer, prompts, config, greedy=True)
         sampled = sample(model, tokenizer, [p for p in prompts for _ in range(n)], config)
     result = defaultdict(float, greedy=sum(verify(extract_answer(t.text), a) for t, (_, a) in zip(greedy, problems)))
@@ -1254,7 +1313,7 @@ def evaluate(model, tokenizer, problems, config) -> dict:
             result["1-self_rouge_l"] += 1 - self_rouge_l(texts)
         result["distinct_correct"] += len({text for text, r in zip(texts, right) if r})
         result["length"] += sum(len(t.response) for t in sampled[i * n:(i + 1) * n]) / n
-    return {key: round(value / len(problems), 4) for key, value in result.items()}
+    return {key: round(value / count, 4) for key, value in over_processes(result, tuple(result)).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1287,6 +1346,8 @@ def save_atomically(path: Path, write) -> None:
 
 def output_folder(config) -> Path:
     """OUT, or the next free runs/METHOD-SEED-N (with --resume the last used). Refuses to write over another run."""
+    if RANK:
+        return from_first(None)
     names = (Path(f"runs/{config.method}-{config.seed}-{n}") for n in itertools.count())
     used = list(itertools.takewhile(Path.exists, names))
     folder = Path(config.out) if config.out else next(  # a folder without a checkpoint is free
@@ -1300,7 +1361,7 @@ def output_folder(config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         fail(f"cannot write to the output folder {folder}: {e.strerror}")
-    return folder
+    return from_first(folder)
 
 
 def judge(trajectories: list[Trajectory], problems) -> None:
@@ -1360,6 +1421,8 @@ def restore(folder: Path, config, parts: dict) -> dict:
         for name, part in parts.items():
             part.load_state_dict(saved.pop(name))
         state = saved | {"config": state["config"]}
+    if RANK:
+        return state
     for left in folder.glob("*.tmp"):
         remove(left)
     log = folder / "metrics.jsonl"
@@ -1370,6 +1433,8 @@ def restore(folder: Path, config, parts: dict) -> dict:
 
 def save(folder: Path, tokenizer, state: dict, parts: dict) -> None:
     """Write the checkpoint: model/ for `from_pretrained`, state.pt for --resume."""
+    if RANK:
+        return
     save_atomically(folder / "model", lambda path: (parts["model"].save_pretrained(path), tokenizer.save_pretrained(path)))
     save_atomically(folder / "state.pt", lambda path: torch.save(
         state | {name: part.state_dict() for name, part in parts.items()}, path))
@@ -1382,8 +1447,8 @@ def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_ste
     run after the step, with a checkpoint; a second one ends it at once.
     """
     unit, total = ("token", config.max_tokens) if config.max_tokens else ("step", config.max_steps)
-    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token", disable=None)
-    interrupted, log = [], folder / "metrics.jsonl"
+    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token", disable=RANK > 0 or None)
+    interrupted, stop, log = [], False, folder / "metrics.jsonl"
 
     def interrupt(*_):
         if interrupted:
@@ -1395,15 +1460,16 @@ def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_ste
     try:
         if not state["step"]:
             save(folder, tokenizer, state, parts)
-        while state["step"] < config.max_steps and (unit == "step" or state["token"] < total) and not interrupted:
+        while state["step"] < config.max_steps and (unit == "step" or state["token"] < total) and not stop:
             step = state["step"]
             rng = random.Random(f"{config.seed} {step}")
-            torch.manual_seed(rng.getrandbits(63))
+            torch.manual_seed(rng.getrandbits(62) + RANK)
             for group in parts["optimizer"].param_groups:
                 group["lr"] = config.lr * group["scale"] * min(1.0, (step + 1) / max(1, config.lr_warmup))
-            metrics = one_step(step, rng)
-            with log.open("a") as f:
-                f.write(json.dumps({"step": step, **metrics}) + "\n")
+            metrics = over_processes(one_step(step, rng), ("tokens_sampled", "trajectories"))
+            if RANK == 0:
+                with log.open("a") as f:
+                    f.write(json.dumps({"step": step, **metrics}) + "\n")
             bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "eff_rate", "entropy")}, refresh=False)
             bar.update(1 if unit == "step" else metrics["tokens_sampled"])
             state |= {"step": step + 1, "token": state["token"] + metrics["tokens_sampled"],
@@ -1413,13 +1479,14 @@ def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_ste
                      f"resume from {folder}/state.pt")
             if state["step"] % config.save_every == 0:
                 save(folder, tokenizer, state, parts)
+            stop = any(over_processes({"stop": len(interrupted)}).values())
     except OSError as e:
         fail(f"cannot write {log}: {one_line(e)}; mend that and go on with --resume --out {folder}")
     finally:
         signal.signal(signal.SIGINT, previous)
         bar.close()
     save(folder, tokenizer, state, parts)
-    if interrupted:
+    if stop:
         print(f"stopped after {state['step']} steps; go on with the same command and --resume --out {folder}", file=sys.stderr)
         raise SystemExit(130)
 
@@ -1428,7 +1495,8 @@ def summarize(config, folder: Path, state: dict, after: dict, started: float) ->
     """Write summary.json, print the before/after table, return the summary."""
     summary = {"before": state["before"], "after": after, **state["report"], "config": asdict(config),
                "seconds": round(time.time() - started, 1)}
-    save_atomically(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    if RANK == 0:
+        save_atomically(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     print(f"\n{config.eval_prompts} held-out problems, {config.eval_samples} samples each (k = {config.eval_samples})\n"
           f"{'':18}{'before':>9}{'after':>9}")
     for key, value in summary["before"].items():
@@ -1449,6 +1517,7 @@ def tree_metrics(roots: list[Node], trajectories: list[Trajectory], config) -> d
 def train(config: Config) -> dict:
     """Evaluate, train, evaluate again; returns the summary."""
     started = time.time()
+    start_processes(config)
     torch.manual_seed(config.seed)
     problems, heldout = load_problems(config)
     folder = output_folder(config)
@@ -1466,7 +1535,7 @@ def train(config: Config) -> dict:
 
     def one_step(step, rng):
         t0 = time.time()
-        batch = rng.sample(problems, min(config.prompts_per_step, len(problems)))
+        batch = rng.sample(problems, min(config.prompts_per_step, len(problems)))[RANK::WORLD]
         roots, trajectories = grow(model, tokenizer, batch, config, rng)
         t1 = time.time()
         metrics = tree_metrics(roots, trajectories, config) | update_on_trees(model, optimizer, roots, config, reference)
@@ -1515,6 +1584,8 @@ def compare(config, argv: list[str]) -> dict:
     ones are taken as they are, broken ones go on. The table has mean ± standard error over seeds, and of the difference to
     the first variant with the same seed; `last` in compare.json is the mean over a run's last five steps.
     """
+    if WORLD > 1:
+        fail("--compare starts processes of its own: run it without torchrun")
     folder, variants = Path(config.out or "runs/compare"), config.compare.split(",")
     waiting, running, results = [], [], {v: [] for v in variants}
     for seed, variant in itertools.product(range(config.seeds), variants):

@@ -34,6 +34,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -162,6 +163,8 @@ class Config:
             fail(f"top_frac must be above 0 and at most 1, not {self.top_frac}")
         if self.psa_layers != "all" and not (self.psa_layers.isdigit() and int(self.psa_layers)):
             fail(f"psa_layers must be a number or all, not {self.psa_layers}")
+        if self.prompts_per_step < WORLD:
+            fail(f"prompts_per_step ({self.prompts_per_step}) must be at least the number of processes ({WORLD})")
         if "{question}" not in self.prompt:
             fail("prompt must contain {question}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -220,6 +223,57 @@ def parse_config(cls: type, script: str, argv: list[str]):
     if rest:
         unknown(rest[0])
     return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes: under `torchrun` each explores its share of a step's prompts; gradients are summed, each token weighted
+# as in one process. The first process makes what is made once, logs and saves. Alone, all of this does nothing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(config) -> None:
+    """Join the processes that torchrun started; the others than the first print nothing but errors."""
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        cuda = config.device != "cpu" and torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def first_then_others(make):
+    """make() in the first process, then in the others, who find what it made (a warm start, a download)."""
+    result = make() if RANK == 0 else None
+    if WORLD > 1:
+        torch.distributed.barrier()
+    return result if RANK == 0 else make()
+
+
+def from_first(value):
+    """The first process's value (anything that pickles)."""
+    values = [value]
+    if WORLD > 1:
+        torch.distributed.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def over_processes(metrics: dict, summed: tuple = ()) -> dict:
+    """Metrics of all processes as one: those in `summed` are added up, the others averaged over who has them."""
+    everyone = [metrics] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(everyone, metrics)
+    found = {key: [m[key] for m in everyone if key in m] for m in everyone for key in m}
+    return metrics if WORLD == 1 else {k: sum(v) / (1 if k in summed else len(v)) for k, v in found.items()}
+
+
+def sum_gradients(*modules) -> None:
+    """Add up the gradients of all processes, so that each takes the same optimizer step."""
+    for p in (p for module in modules if WORLD > 1 for p in module.parameters()):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.distributed.all_reduce(p.grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,7 +587,7 @@ def load_policy(config) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
     that it depends on. Fails with one line where the model cannot be loaded or has no end-of-sequence token.
     """
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    name = warm_start(config, device) if config.model == "tiny" else config.model
+    name = first_then_others(lambda: warm_start(config, device)) if config.model == "tiny" else config.model
     if not Path(name).exists() and "/" not in str(name):
         organisation = ORGANISATIONS.get(re.match("[a-z]*", name.lower())[0])
         name = f"{organisation}/{name}" if organisation else name
@@ -1231,30 +1285,33 @@ def update(model, optimizer, trajectories: list[Trajectory], config, reference=N
     gradient of the whole batch. A step whose loss or gradient is not finite is skipped and counted.
     """
     batch = [t for t in trajectories if torch.as_tensor(t.advantage).any() or config.kl or config.entropy_bonus]
-    stats = defaultdict(float, tokens_trained=sum(len(t.response) - t.start for t in batch), skipped=0)
+    means, stats = defaultdict(float, tokens_trained=0), {"skipped": 0}
     model.train(config.gradient_checkpointing)  # the mode that switches checkpointing on; no other layer differs
-    parts = [p for p in (batch[i::config.updates_per_step] for i in range(config.updates_per_step)) if p]
+    parts = [batch[i::config.updates_per_step] for i in range(config.updates_per_step)]
     for part in parts:
-        tokens, loss = sum(len(t.response) - t.start for t in part), 0.0
+        count = Counter(tokens=sum(len(t.response) - t.start for t in part), responses=len(part))
+        whole = over_processes(count, ("tokens", "responses"))
+        if not whole["tokens"]:
+            continue
         for micro in micro_batches(part, config.micro_tokens):
-            by_tokens = sum(len(t.response) - t.start for t in micro) / tokens
-            share = by_tokens if config.loss_mean == "token" else len(micro) / len(part)
+            by_tokens = sum(len(t.response) - t.start for t in micro) / whole["tokens"]
+            share = by_tokens if config.loss_mean == "token" else len(micro) / whole["responses"]
             with psa.steer(model, micro) if psa is not None else contextlib.nullcontext():
                 micro_loss, extra = batch_loss(model, micro, config, reference)
                 (share * micro_loss).backward()
-            loss += share * extra["loss"]
             for key, value in extra.items():
-                stats[key] += share * value / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+                means[key] += share * value / len(parts)
+        means["tokens_trained"] += count["tokens"]
+        sum_gradients(model, *([psa] if psa is not None else []))
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
         if psa is not None:
             stats["psa_grad_norm"] = torch.nn.utils.clip_grad_norm_(psa.parameters(), config.max_grad_norm).item()
-        stats["grad_norm"] = norm
-        if math.isfinite(norm) and math.isfinite(loss) and math.isfinite(stats["psa_grad_norm"]):
+        if all(map(math.isfinite, stats.values())):
             optimizer.step()
         else:
             stats["skipped"] += 1
         optimizer.zero_grad()
-    return dict(stats)
+    return {**over_processes(means, tuple(means)), **stats}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1316,9 +1373,10 @@ def evaluate(model, tokenizer, problems, config) -> dict:
 
     Its random numbers depend on nothing but the configuration's seed and are the same before and after training.
     """
+    count, problems = len(problems), problems[RANK::WORLD]
     prompts, n = [Trajectory(encode_prompt(tokenizer, q, config)) for q, _ in problems], config.eval_samples
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + RANK)
         greedy = sample(model, tokenizer, prompts, config, greedy=True)
         sampled = sample(model, tokenizer, [p for p in prompts for _ in range(n)], config)
     result = defaultdict(float, greedy=sum(verify(extract_answer(t.text), a) for t, (_, a) in zip(greedy, problems)))
@@ -1337,7 +1395,7 @@ def evaluate(model, tokenizer, problems, config) -> dict:
             result["1-self_rouge_l"] += 1 - self_rouge_l(texts)
         result["distinct_correct"] += len({text for text, r in zip(texts, right) if r})
         result["length"] += sum(len(t.response) for t in sampled[i * n:(i + 1) * n]) / n
-    return {key: round(value / len(problems), 4) for key, value in result.items()}
+    return {key: round(value / count, 4) for key, value in over_processes(result, tuple(result)).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1370,6 +1428,8 @@ def save_atomically(path: Path, write) -> None:
 
 def output_folder(config) -> Path:
     """OUT, or the next free runs/METHOD-SEED-N (with --resume the last used). Refuses to write over another run."""
+    if RANK:
+        return from_first(None)
     names = (Path(f"runs/{config.method}-{config.seed}-{n}") for n in itertools.count())
     used = list(itertools.takewhile(Path.exists, names))
     folder = Path(config.out) if config.out else next(  # a folder without a checkpoint is free
@@ -1383,7 +1443,7 @@ def output_folder(config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         fail(f"cannot write to the output folder {folder}: {e.strerror}")
-    return folder
+    return from_first(folder)
 
 
 def judge(trajectories: list[Trajectory], problems) -> None:
@@ -1475,11 +1535,12 @@ def collect(model, tokenizer, psa, cvae, problems, config, rng: random.Random) -
     """
     size, log = min(config.prompts_per_step, len(problems)), {}
     if config.method == "iiblpo":
-        everything, batch, _, log = explore(model, tokenizer, psa, cvae, rng.sample(problems, size), config)
+        everything, batch, _, log = explore(model, tokenizer, psa, cvae, rng.sample(problems, size)[RANK::WORLD], config)
     else:
         everything, batch, rounds = [], [], 3 if config.method == "dapo" else 1
-        while rounds and (missing := size - len({t.group for t in batch})):
-            chosen = rng.sample(problems, missing)
+        wanted = len(range(size)[RANK::WORLD])
+        while rounds and (missing := wanted - len({t.group for t in batch})):
+            chosen = rng.sample(problems, size)[RANK::WORLD][:missing]
             new = rollout(model, tokenizer, chosen, config.rollouts, config)
             judge(new, chosen)
             set_advantages(new, [t.reward for t in new])
@@ -1571,6 +1632,8 @@ def restore(folder: Path, config, parts: dict) -> dict:
         for name, part in parts.items():
             part.load_state_dict(saved.pop(name))
         state = saved | {"config": state["config"]}
+    if RANK:
+        return state
     for left in folder.glob("*.tmp"):
         remove(left)
     log = folder / "metrics.jsonl"
@@ -1581,6 +1644,8 @@ def restore(folder: Path, config, parts: dict) -> dict:
 
 def save(folder: Path, tokenizer, state: dict, parts: dict) -> None:
     """Write the checkpoint: model/ for `from_pretrained`, state.pt for --resume."""
+    if RANK:
+        return
     save_atomically(folder / "model", lambda path: (parts["model"].save_pretrained(path), tokenizer.save_pretrained(path)))
     save_atomically(folder / "state.pt", lambda path: torch.save(
         state | {name: part.state_dict() for name, part in parts.items()}, path))
@@ -1593,8 +1658,8 @@ def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_ste
     run after the step, with a checkpoint; a second one ends it at once.
     """
     unit, total = ("token", config.max_tokens) if config.max_tokens else ("step", config.max_steps)
-    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token", disable=None)
-    interrupted, log = [], folder / "metrics.jsonl"
+    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token", disable=RANK > 0 or None)
+    interrupted, stop, log = [], False, folder / "metrics.jsonl"
 
     def interrupt(*_):
         if interrupted:
@@ -1606,15 +1671,16 @@ def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_ste
     try:
         if not state["step"]:
             save(folder, tokenizer, state, parts)
-        while state["step"] < config.max_steps and (unit == "step" or state["token"] < total) and not interrupted:
+        while state["step"] < config.max_steps and (unit == "step" or state["token"] < total) and not stop:
             step = state["step"]
             rng = random.Random(f"{config.seed} {step}")
-            torch.manual_seed(rng.getrandbits(63))
+            torch.manual_seed(rng.getrandbits(62) + RANK)
             for group in parts["optimizer"].param_groups:
                 group["lr"] = config.lr * group["scale"] * min(1.0, (step + 1) / max(1, config.lr_warmup))
-            metrics = one_step(step, rng)
-            with log.open("a") as f:
-                f.write(json.dumps({"step": step, **metrics}) + "\n")
+            metrics = over_processes(one_step(step, rng), ("tokens_sampled", "trajectories"))
+            if RANK == 0:
+                with log.open("a") as f:
+                    f.write(json.dumps({"step": step, **metrics}) + "\n")
             bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "eff_rate", "entropy")}, refresh=False)
             bar.update(1 if unit == "step" else metrics["tokens_sampled"])
             state |= {"step": step + 1, "token": state["token"] + metrics["tokens_sampled"],
@@ -1624,13 +1690,14 @@ def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_ste
                      f"resume from {folder}/state.pt")
             if state["step"] % config.save_every == 0:
                 save(folder, tokenizer, state, parts)
+            stop = any(over_processes({"stop": len(interrupted)}).values())
     except OSError as e:
         fail(f"cannot write {log}: {one_line(e)}; mend that and go on with --resume --out {folder}")
     finally:
         signal.signal(signal.SIGINT, previous)
         bar.close()
     save(folder, tokenizer, state, parts)
-    if interrupted:
+    if stop:
         print(f"stopped after {state['step']} steps; go on with the same command and --resume --out {folder}", file=sys.stderr)
         raise SystemExit(130)
 
@@ -1639,7 +1706,8 @@ def summarize(config, folder: Path, state: dict, after: dict, started: float) ->
     """Write summary.json, print the before/after table, return the summary."""
     summary = {"before": state["before"], "after": after, **state["report"], "config": asdict(config),
                "seconds": round(time.time() - started, 1)}
-    save_atomically(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    if RANK == 0:
+        save_atomically(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     print(f"\n{config.eval_prompts} held-out problems, {config.eval_samples} samples each (k = {config.eval_samples})\n"
           f"{'':18}{'before':>9}{'after':>9}")
     for key, value in summary["before"].items():
@@ -1662,6 +1730,7 @@ def latents(model, config) -> tuple[PseudoSelfAttention | None, LatentCVAE | Non
 def train(config: Config) -> dict:
     """Evaluate, train the CVAE, train the policy, evaluate again; returns the summary."""
     started = time.time()
+    start_processes(config)
     torch.manual_seed(config.seed)
     problems, heldout = load_problems(config)
     folder = output_folder(config)
@@ -1675,18 +1744,24 @@ def train(config: Config) -> dict:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     parts = {"model": model, "optimizer": optimizer} | ({"psa": psa, "cvae": cvae} if psa is not None else {})
     state = restore(folder, config, parts)
+
+    def new_cvae(rng, fresh):
+        pairs = cvae_pairs(model, tokenizer, problems, config, rng, fresh) if RANK == 0 else None
+        report = from_first(train_cvae(cvae, model, pairs, config) if RANK == 0 else None)
+        cvae.load_state_dict(from_first({k: v.cpu() for k, v in cvae.state_dict().items()}))
+        return report
+
     if state["before"] is None:
         state["before"] = evaluate(model, tokenizer, heldout, config)
         if cvae is not None:
-            pairs = cvae_pairs(model, tokenizer, problems, config, random.Random(config.seed))
-            state["report"]["cvae"] = train_cvae(cvae, model, pairs, config)
+            state["report"]["cvae"] = new_cvae(random.Random(config.seed), fresh=False)
 
     def one_step(step, rng):
         t0 = time.time()
         if psa is not None:
             psa.gamma = psa_gamma(step, config)
             if config.cvae_refresh and step and step % config.cvae_refresh == 0:
-                train_cvae(cvae, model, cvae_pairs(model, tokenizer, problems, config, rng, fresh=True), config)
+                new_cvae(rng, fresh=True)
         batch, metrics = collect(model, tokenizer, psa, cvae, problems, config, rng)
         t1 = time.time()
         metrics |= update(model, optimizer, batch, config, reference, psa)
@@ -1710,6 +1785,8 @@ def compare(config, argv: list[str]) -> dict:
     ones are taken as they are, broken ones go on. The table has mean ± standard error over seeds, and of the difference to
     the first variant with the same seed; `last` in compare.json is the mean over a run's last five steps.
     """
+    if WORLD > 1:
+        fail("--compare starts processes of its own: run it without torchrun")
     folder, variants = Path(config.out or "runs/compare"), config.compare.split(",")
     waiting, running, results = [], [], {v: [] for v in variants}
     for seed, variant in itertools.product(range(config.seeds), variants):

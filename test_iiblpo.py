@@ -1139,6 +1139,82 @@ def test_at_the_first_update_the_ratio_is_one_and_psa_learns():
     assert {"branch_place", "branch_entropy_ratio", "sibling_similarity", "gamma", "kept", "kept_branches", "ib_kept", "ib_dropped"} <= log.keys()
 
 
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def torchrun(*arguments, **how):
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+                           "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *map(str, arguments)], capture_output=True, text=True,
+                          env=environment, timeout=300, **how)
+
+
+GRADIENTS = """
+import contextlib, sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_iiblpo as t
+m, tpo = t.m, t.tpo
+t.m.start_processes(t.config())
+model = t.small_model()
+batch = t.batch_for_update(model, 15)[m.RANK::m.WORLD]
+out = []
+for flags in ([], ["--loss_mean", "sequence", "--kl", 0.1], ["--updates_per_step", 2]):
+    grab = t.Grab(model)
+    stats = m.update(model, grab, batch, t.config("--max_grad_norm", 1e9, *flags),
+                     t.small_model(seed=1) if "--kl" in flags else None)
+    out.append((grab.grads, dict(stats)))
+model, c, roots, _ = t.grown(n=5)
+t.shake(roots)
+for update in ("tree", "flat"):
+    out.append(t.tree_gradient(model, roots[m.RANK::m.WORLD], "--update", update))
+if m.RANK == 0:
+    torch.save(out, sys.argv[2])
+"""
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    Path(tmp_path / "g.py").write_text(GRADIENTS)
+    run = torchrun(tmp_path / "g.py", HERE, tmp_path / "two.pt")
+    assert run.returncode == 0, run.stderr
+    subprocess.run([sys.executable, tmp_path / "g.py", HERE, tmp_path / "one.pt"], check=True, capture_output=True)
+    one, two = (torch.load(tmp_path / f"{n}.pt") for n in ("one", "two"))
+    assert len(one) == 5
+    for i, ((a, stats_a), (b, stats_b)) in enumerate(zip(one, two)):
+        if i != 2:  # two updates a step: processes cut their batches in two for themselves
+            same = ["loss", "kl", "grad_norm"] if i == 1 else stats_a.keys()  # the others are means by tokens in a micro-batch
+            assert {k: stats_a[k] for k in same} == pytest.approx({k: stats_b[k] for k in same}, rel=1e-4, abs=1e-6) and len(b) == 1
+            assert (a[0] - b[0]).norm() / a[0].norm() < 1e-6
+        assert stats_a["skipped"] == 0 and len(a) == len(b)
+
+
+@pytest.mark.parametrize("script, flags", [("iiblpo.py", QUICK), ("ib_tpo.py", TREES)], ids=["iiblpo", "ib_tpo"])
+def test_torchrun_trains_saves_and_resumes(folder, script, flags):
+    flags = [*flags, "--max_steps", 2]
+    run = torchrun(HERE / script, *flags)
+    assert run.returncode == 0, run.stderr
+    (out,) = Path("runs").iterdir()
+    log, summary = metrics(out), json.loads((out / "summary.json").read_text())
+    assert len(log) == 2 and run.stdout.count("before") == 1 and summary["after"]["length"] > 0
+    candidates = 3 * 4 if script == "ib_tpo.py" else 4 * 6
+    assert 0.5 * candidates < log[0]["trajectories"] <= candidates
+    assert torchrun(HERE / script, *flags, "--resume", "--max_steps", 3).returncode == 0 and len(metrics(out)) == 3
+    transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+
+
+def test_a_dying_process_ends_the_job(folder):
+    Path("d.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import iiblpo as m
+real = m.update
+m.update = lambda *a: os._exit(9) if m.RANK == 1 else real(*a)
+m.main({list(map(str, QUICK))!r})
+""")
+    run = torchrun("d.py")
+    assert run.returncode != 0 and "exitcode  : 9" in run.stderr
+    assert "at least the number of processes (2)" in torchrun(HERE / "iiblpo.py", *QUICK, "--prompts_per_step", 1).stderr
+
+
 # ---- IB-TPO ---------------------------------------------------------------------------------------------------------
 
 
