@@ -79,6 +79,7 @@ class Config:
     compare: str = HfArg(default="", help="compare: variants METHOD[+field=value...], comma-separated; trains all of them")
     seeds: int = HfArg(default=4, help="compare: seeds of each variant")
     show: bool = HfArg(default=False, help="do not train: print how the policy of OUT, or the warm start, explores a problem")
+    probe_heads: bool = HfArg(default=False, help="do not train: which attention heads of OUT, or the warm start, tell difficulty")
     plot: list[str] = field(default_factory=list, metadata={"help": "do not train: draw the runs in these folders, as SVG"})
     jobs: int = HfArg(default=1, help="compare: runs at a time, each in a process with its share of the cores")
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: cuda where there is one")
@@ -1962,12 +1963,115 @@ def show_branches(config) -> list[tuple]:
     return [(t, *of[id(t)]) for t in candidates]
 
 
+# Difficulty-sensitive attention heads [P]: the difficulty of a prompt is 1 - its pass rate; of each head's output at the last
+# prompt token a ridge probe predicts it; its Spearman correlation on prompts the probe has not seen is the head's score.
+
+
+@torch.no_grad()
+def head_features(model, prompts: list[list[int]], config) -> torch.Tensor:
+    """Each head's output at the last token of each prompt, before the output projection: [B, layers, heads, D]."""
+    layers, heads = model.base_model.layers, model.config.num_attention_heads
+    result = [None] * len(prompts)
+    for rows in micro_batches(range(len(prompts)), config.micro_tokens, lambda i: len(prompts[i])):
+        ids, seen = pad([torch.tensor(prompts[i]) for i in rows]).to(model.device), []
+        last = torch.tensor([len(prompts[i]) - 1 for i in rows], device=ids.device)
+        hooks = [layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][torch.arange(len(rows), device=ids.device), last])) for layer in layers]
+        try:
+            with autocast(model):
+                model.base_model(input_ids=ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for j, i in enumerate(rows):
+            result[i] = torch.stack([x[j].view(heads, -1) for x in seen]).float().cpu()
+    return torch.stack(result)
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Rank correlation of the columns of a and b [n, R], ties at their mean rank; 0 for a constant column: [R]."""
+    ranks = [(x[:, None] > x[None]).double().sum(1) + (x[:, None] == x[None]).double().sum(1) / 2 for x in (a, b)]
+    a, b = (r - r.mean(0) for r in ranks)
+    return (a * b).sum(0) / ((a ** 2).sum(0) * (b ** 2).sum(0)).sqrt().clamp(min=1e-12)
+
+
+def ridge_probe(x: torch.Tensor, y: torch.Tensor, x_new: torch.Tensor) -> torch.Tensor:
+    """Predictions [m, R] for x_new [m, D] of ridge regressions of the columns of y [n, R] on x [n, D], in closed form, each
+    with the strength of least leave-one-out error.
+    """
+    mean, y_mean = x.mean(0), y.mean(0)
+    U, s, V = torch.linalg.svd(x - mean, full_matrices=False)
+    best, result = torch.full(y.shape[1:], math.inf, dtype=y.dtype), torch.zeros(len(x_new), y.shape[1], dtype=y.dtype)
+    for strength in s[0] ** 2 * 10.0 ** torch.arange(-4, 3, dtype=y.dtype):
+        shrink = s ** 2 / (s ** 2 + strength)
+        leverage = (U ** 2 * shrink).sum(1) + 1 / len(x)  # the diagonal of the hat matrix, intercept included
+        error = y - y_mean - U @ (shrink[:, None] * (U.T @ (y - y_mean)))
+        loo = ((error / (1 - leverage[:, None])) ** 2).mean(0)
+        new = y_mean + (x_new - mean) @ V.T @ ((shrink / s.clamp(min=1e-12))[:, None] * (U.T @ (y - y_mean)))
+        result, best = torch.where(loo < best, new, result), torch.minimum(loo, best)
+    return result
+
+
+def head_scores(features: torch.Tensor, difficulty: torch.Tensor, shuffles: int = 100) -> tuple[torch.Tensor, float]:
+    """(scores [layers, heads], chance): each head's Spearman correlation on the second half of the prompts, probed on the
+    first; chance is what the best of all heads reaches in 5 % of the shuffles of the difficulties.
+
+    features [P, layers, heads, D], difficulty [P].
+    """
+    n, generator = len(difficulty) // 2, torch.Generator().manual_seed(0)
+    orders = [torch.arange(len(difficulty))] + [torch.randperm(len(difficulty), generator=generator) for _ in range(shuffles)]
+    y = torch.stack([difficulty.double()[order] for order in orders], 1)  # [P, 1 + shuffles]
+    scores = torch.stack([spearman(ridge_probe(x[:n], y[:n], x[n:]), y[n:]) for x in features.double().flatten(1, 2).unbind(1)])
+    chance = scores[:, 1:].max(0).values.quantile(0.95).item() if shuffles else 0.0
+    return scores[:, 0].view(features.shape[1:3]), chance
+
+
+def probe_heads(config) -> dict:
+    """Score the attention heads of OUT's policy, or of the warm start, on the held-out problems; print the map layers x
+    heads and the best, write heads.json to OUT (or runs/heads), and with --plot FOLDER a map heads.svg there.
+    """
+    problems = load_problems(config)[1]
+    model, tokenizer = load_policy(config)
+    require_llama_like(model)
+    if config.out:
+        model.load_state_dict(load_state(Path(config.out), model.device)["model"])
+    torch.manual_seed(config.seed)
+    responses = rollout(model, tokenizer, problems, config.eval_samples, config)
+    judge(responses, problems)
+    difficulty = 1 - torch.tensor([t.reward for t in responses]).view(len(problems), -1).mean(1)
+    scores, chance = head_scores(head_features(model, [encode_prompt(tokenizer, q, config) for q, _ in problems], config), difficulty)
+    top = sorted(((scores[i, j].item(), i, j) for i in range(scores.shape[0]) for j in range(scores.shape[1])), reverse=True)[:10]
+    print(f"{len(problems)} problems, mean difficulty {difficulty.mean():.2f} ± {difficulty.std():.2f}; Spearman correlation of a "
+          f"head's probe\nwith it on the second half; the best of all heads reaches {chance:.2f} by chance (5 %)\n\nlayer")
+    for i, row in enumerate(scores):
+        print(f"{i:5}  " + "".join(" ░▒▓█"[min(4, max(0, round(4 * (s / scores.max().clamp(min=1e-9)).item())))] * 2 for s in row)
+              + "  " + " ".join(f"{s:+.2f}" for s in row[:12]))
+    print("\nbest: " + ", ".join(f"layer {i} head {j} {s:+.2f}{'' if s > chance else ' (chance)'}" for s, i, j in top[:5]))
+    report = {"scores": scores.tolist(), "chance": chance, "top": [{"score": s, "layer": i, "head": j} for s, i, j in top],
+              "difficulty": difficulty.tolist()}
+    path = Path(config.out or "runs/heads") / "heads.json"
+    save_atomically(path, lambda temporary: temporary.write_text(json.dumps(report) + "\n"))
+    for folder in map(Path, config.plot):
+        try:
+            from matplotlib import pyplot
+        except ImportError:
+            fail("--plot needs matplotlib: pip install matplotlib")
+        figure, axis = pyplot.subplots(figsize=(1.5 + 0.35 * scores.shape[1], 1.2 + 0.35 * scores.shape[0]))
+        figure.colorbar(axis.imshow(scores.tolist(), vmin=0, cmap="magma", aspect="auto"), label=f"Spearman; chance {chance:.2f}")
+        axis.set(xlabel="head", ylabel="layer", xticks=range(scores.shape[1]), yticks=range(scores.shape[0]))
+        save_atomically(folder / "heads.svg", lambda temporary: figure.savefig(temporary, format="svg", bbox_inches="tight"))
+        pyplot.close(figure)
+    return report
+
+
 def main(argv: list[str] | None = None) -> dict:
     """The command line; returns the summary."""
     argv = sys.argv[1:] if argv is None else list(argv)
     config = parse_config(Config, "iiblpo", argv)
     if config.compare:
         return compare(config, argv)
+    if config.probe_heads:
+        return probe_heads(config)
     return plot(config) if config.plot else show_branches(config) if config.show else train(config)
 
 

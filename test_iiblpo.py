@@ -1139,6 +1139,65 @@ def test_at_the_first_update_the_ratio_is_one_and_psa_learns():
     assert {"branch_place", "branch_entropy_ratio", "sibling_similarity", "gamma", "kept", "kept_branches", "ib_kept", "ib_dropped"} <= log.keys()
 
 
+# ---- difficulty-sensitive heads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_head_features_recombine_to_the_attention_output(kind):
+    model, outputs = small_model(kind), []
+    texts = [p.prompt for p in prompts("1+2=\n", "3*4*5-6+7=\n", "9-9-9=\n")]
+    features = m.head_features(model, texts, config("--micro_tokens", 20))
+    assert features.shape == (3, 3, 4, 16)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, output: outputs.append(output[0][0, -1]))
+    for ids, x in zip(texts, features):
+        outputs.clear()
+        model(torch.tensor([ids]))
+        for layer, heads, output in zip(model.model.layers, x, outputs):
+            assert layer.self_attn.o_proj(heads.flatten()).allclose(output, atol=1e-5)
+
+
+def test_spearman_and_ridge_slowly():
+    torch.manual_seed(0)
+    assert m.spearman(torch.tensor([[1.], [2.], [2.], [9.]]), torch.tensor([[2.], [3.], [5.], [7.]])).item() == pytest.approx(
+        4.5 / math.sqrt(4.5 * 5))  # ranks 1 2.5 2.5 4 and 1 2 3 4
+    x, y, new = torch.randn(20, 4, dtype=torch.double), torch.randn(20, 2, dtype=torch.double), torch.randn(3, 4, dtype=torch.double)
+
+    def fit(x, y, new, strength):  # normal equations
+        X = x - x.mean(0)
+        w = torch.linalg.solve(X.T @ X + strength * torch.eye(4), X.T @ (y - y.mean()))
+        return y.mean() + (new - x.mean(0)) @ w
+
+    strengths = torch.linalg.svdvals(x - x.mean(0))[0] ** 2 * 10.0 ** torch.arange(-4, 3, dtype=torch.double)
+    for column in range(2):
+        hat = [torch.stack([fit(x, torch.eye(20)[j].double(), x, s) for j in range(20)], 1) for s in strengths]
+        loo = [(((y[:, column] - H @ y[:, column]) / (1 - H.diag())) ** 2).mean() for H in hat]
+        slow = fit(x, y[:, column], new, strengths[int(torch.stack(loo).argmin())])
+        assert m.ridge_probe(x, y, new)[:, column].allclose(slow, atol=1e-8)
+
+
+def test_a_planted_head_is_found_and_with_shuffled_difficulty_none():
+    """Difficulty made of what one head of a random policy puts out for each prompt, and noise."""
+    model, rng = small_model(), random.Random(0)
+    texts = [p.prompt for p in prompts(*(q + "\n" for q in m.chain_questions(rng, [4, 7], False, 256)))]
+    features = m.head_features(model, texts, config())
+    planted = features[:, 1, 2] @ torch.randn(16, generator=torch.Generator().manual_seed(1))
+    difficulty = (planted - planted.mean()) / planted.std() + 0.3 * torch.randn(256, generator=torch.Generator().manual_seed(2))
+    scores, chance = m.head_scores(features, difficulty, shuffles=30)
+    assert scores.argmax() == 1 * 4 + 2 and scores[1, 2] > 0.8 and chance < 0.4
+    shuffled = difficulty[torch.randperm(256, generator=torch.Generator().manual_seed(3))]
+    scores, chance = m.head_scores(features, shuffled, shuffles=30)
+    assert scores.max() < 0.35
+
+
+def test_probe_heads_reports_the_policy_of_a_run(folder, capsys):
+    m.main(list(map(str, [*QUICK, "--method", "grpo", "--out", "run", "--max_steps", 1])))
+    report = m.main(list(map(str, [*QUICK, "--probe_heads", "--out", "run", "--eval_prompts", 12, "--plot", "pictures"])))
+    assert json.loads(Path("run/heads.json").read_text()) == report and len(report["scores"]) == 3 and len(report["scores"][0]) == 4
+    out = capsys.readouterr().out
+    assert "best: layer" in out and "chance" in out and Path("pictures/heads.svg").exists() and len(report["difficulty"]) == 12
+
+
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
