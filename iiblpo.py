@@ -152,6 +152,8 @@ class Config:
                      "initial", "branches", "ib_rounds", "z_dim", "cvae_steps"):
             if getattr(self, name) < 1:
                 fail(f"{name} must be at least 1, not {getattr(self, name)}")
+        if 0 < self.max_tokens < self.max_new_tokens:
+            fail(f"max_tokens ({self.max_tokens}) must hold a response of max_new_tokens ({self.max_new_tokens})")
         if len(self.operands) != 2 or not 2 <= self.operands[0] <= self.operands[1]:
             fail(f"operands must be two numbers, 2 <= fewest <= most, not {self.operands}")
         candidates = self.initial * (self.branches + (self.filter_scope == "all"))
@@ -381,7 +383,11 @@ def read_rows(rows, question: str, answer: str, name: str) -> list[tuple[str, st
         q, a = ("" if x is None else str(x).strip() for x in (q, a))
         if not q or not a:
             fail(f"{name}: row {i + 1} has no {answer if q else question}")
-        pairs.setdefault(q, extract_answer(a) or a)
+        gold = extract_answer(a) or a
+        if len(gold) > 300:
+            fail(f"{name}: row {i + 1} has {len(gold)} characters as its answer, and no \\boxed{{...}} or #### in them: nothing "
+                 "could be graded by it")
+        pairs.setdefault(q, gold)
     return list(pairs.items())
 
 
@@ -401,11 +407,13 @@ def encode_prompt(tokenizer, question: str, config) -> list[int]:
 
 
 def extract_answer(text: str) -> str | None:
-    """The last \\boxed{...} (braces may nest), else what follows the last "####" or "#" on its line, else None.
+    """The last \\boxed{...} (braces may nest), else the last \\boxed 5, else what follows the last "####" or "#" on its line,
+    else None.
 
     >>> extract_answer("so \\\\boxed{\\\\frac{1}{2}}."), extract_answer("3+8\\n1\\n#1"), extract_answer("no idea")
     ('\\\\frac{1}{2}', '1', None)
     """
+    text = text.replace("\\fbox", "\\boxed")
     start = text.rfind("\\boxed{")
     if start >= 0:
         depth = 0
@@ -413,7 +421,8 @@ def extract_answer(text: str) -> str | None:
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
                 return text[start + 7:i].strip()
-    marked = re.findall(r"####[^\S\n]*([^\s#].*)", text) or re.findall(r"#[^\S\n]*([^\s#].*)", text)
+    marked = re.findall(r"\\boxed\s+([^\s$.,]+)", text)
+    marked = marked or re.findall(r"####[^\S\n]*([^\s#].*)", text) or re.findall(r"#[^\S\n]*([^\s#].*)", text)
     return marked[-1].strip() if marked else None
 
 
