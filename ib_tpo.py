@@ -119,7 +119,7 @@ class Config:
     loss_mean = "token"  # not a field: the paper's objective is a mean over tokens
     kl: float = HfArg(default=0.001, help="weight of the k3 KL to the frozen starting policy")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
-    micro_tokens: int = HfArg(default=16384, help="tokens (rows x longest) in one forward and backward pass")
+    micro_tokens: int = HfArg(default=4096, help="tokens (rows x longest) in one forward and backward pass")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     # evaluation
     eval_prompts: int = HfArg(default=256, help="held-out problems")

@@ -135,7 +135,7 @@ class Config:
     kl: float = HfArg(default=0.0, help="weight of the k3 KL to the frozen starting policy")
     entropy_bonus: Optional[float] = HfArg(default=None, help="default: 0.003 for entropy_reg, else 0")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
-    micro_tokens: int = HfArg(default=16384, help="tokens (rows x longest) in one forward and backward pass")
+    micro_tokens: int = HfArg(default=4096, help="tokens (rows x longest) in one forward and backward pass")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     # evaluation
     eval_prompts: int = HfArg(default=256, help="held-out problems")

@@ -1834,3 +1834,61 @@ def test_tree_update_against_flat():
         print(f"{length} tokens a response: tree {tree:.2f} s, flat {flat:.2f} s, ratio {flat / tree:.2f}; "
               f"total over unique tokens {stats['tokens_total'] / stats['tokens_unique']:.2f}")
         assert flat / tree >= 1.3 or length != 512
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("script", ["iiblpo.py", "ib_tpo.py"])
+def test_twenty_kills_lose_nothing(folder, script):
+    """kill -9 at random moments of a whole run, warm start included; each resume goes on to the very numbers of a whole run."""
+    flags = ["--config", HERE / "tiny_config.yaml", *(QUICK if script == "iiblpo.py" else TREES)[4:], "--warm_steps", 60, "--warm_batch", 16,
+             "--max_steps", 8, "--save_every", 2]
+    start = time.time()
+    assert start_run(script, *flags, "--out", "whole").wait() == 0
+    seconds, rng, moments = time.time() - start, random.Random(0), []
+    for n in range(20):
+        for warm in Path("runs").glob("warm_start_*") if n % 2 else ():
+            m.remove(warm)
+        process = start_run(script, *flags, "--out", f"part{n}")
+        try:
+            process.communicate(timeout=rng.uniform(0.2, 1) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        out = Path(f"part{n}")
+        moments.append("before it began" if not out.exists() else "before its first checkpoint" if not (out / "state.pt").exists() else
+                       f"after step {torch.load(out / 'state.pt')['step']}" if not (out / "summary.json").exists() else "at its end")
+        again = start_run(script, *flags, "--out", out, *(["--resume"] if out.exists() else []))
+        assert again.wait() == 0, again.stderr.read()
+        assert metrics(out) == metrics("whole") and not list(out.glob("*.tmp"))
+        assert json.loads((out / "summary.json").read_text())["after"] == json.loads(Path("whole/summary.json").read_text())["after"]
+    print(f"\n{script}, killed {', '.join(f'{moments.count(x)} x {x}' for x in sorted(set(moments)))}")
+
+
+STEP_MEMORY = """
+import re, sys, torch, transformers, iiblpo as m
+sys.argv, tokens = sys.argv[:1], int(sys.argv[1])
+torch.manual_seed(0)
+model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+    vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+    tie_word_embeddings=True))
+config = m.parse_config(m.Config, "iiblpo", ["--model", "x", "--micro_tokens", str(tokens), "--method", "grpo"])
+T = 256
+batch = [m.Trajectory([5] * 8, [7 + i] * (T - 8), logps=torch.full((T - 8,), -12.0), advantage=1.0) for i in range(tokens // T)]
+optimizer = torch.optim.AdamW([{"params": list(model.parameters())}], lr=1e-6)
+for _ in range(2):  # from the second on Adam's moments are there, too
+    m.update(model, optimizer, batch, config)
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.benchmark
+def test_memory_of_a_step_of_half_a_billion_parameters():
+    """The update of a random Qwen2.5-0.5B in fp32 on the CPU, at two sizes of a micro-batch, and the line through them."""
+    peak = {n: int(subprocess.run([sys.executable, "-c", STEP_MEMORY, str(n)], capture_output=True, text=True, check=True,
+                                  cwd=HERE).stdout) / 2 ** 20 for n in (512, 1536)}
+    slope = (peak[1536] - peak[512]) / 1024
+    default = m.parse_config(m.Config, "iiblpo", ["--model", "x"]).micro_tokens
+    whole = peak[512] + slope * (default - 512)
+    print(f"\nfp32: {peak[512]:.1f} GiB at 512 tokens, {peak[1536]:.1f} GiB at 1,536: {1024 * slope:.2f} MiB a token; at the default "
+          f"micro_tokens {default}: {whole:.1f} GiB")
+    assert whole < 24
