@@ -128,12 +128,15 @@ def test_cuda_asked_for_and_absent(capsys):
 
 def test_what_the_readme_names_exists():
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    for command in re.findall(r"python iiblpo\.py((?: --\w+(?: [\w.][^\s`|]*)*)*)", text):
+    for script, command in re.findall(r"python (iiblpo|ib_tpo)\.py((?: --\w+(?: [\w.][^\s`|]*)*)*)", text):
         if "--help" not in command and "FOLDER" not in command:
-            config(*command.split())
-    rows = [line.split("|")[3] for line in text.split("## The method")[1].split("\n## ")[0].splitlines() if line.count("|") == 4]
-    names = re.findall(r"`(\w+)`", "".join(rows))
-    assert len(names) > 12 and all(hasattr(m, name) for name in names)
+            (config if script == "iiblpo" else tree_config)(*command.split())
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", text)
+    where = {(name, script): str(n) for script in ("iiblpo.py", "ib_tpo.py")
+             for n, line in enumerate((HERE / script).read_text(encoding="utf-8").splitlines(), 1)
+             for name in re.findall(r"^(?:def|class) (\w+)", line)}
+    wrong = [f"{name} stands in line {where.get((name, script))} of {script}" for name, script, n in links if where.get((name, script)) != n]
+    assert len(links) > 25 and not wrong, "\n".join(wrong)
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------
