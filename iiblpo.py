@@ -1877,7 +1877,8 @@ def plot(config) -> dict:
     names = {k: v for k, v in names.items() if any(k in runs[0][0] for runs in variants.values())}
     longest = max(sum(s["tokens_sampled"] for s in run) for runs in variants.values() for run in runs)
     pyplot.rcParams.update({f"{part}.color": "#808080" for part in ("text", "xtick", "ytick")} | {  # legible on light and dark
-        "axes.edgecolor": "#808080", "axes.labelcolor": "#808080", "svg.hashsalt": "0", "font.size": 9})
+        "axes.edgecolor": "#808080", "axes.labelcolor": "#808080", "svg.hashsalt": "0", "svg.fonttype": "none",
+        "font.size": 9})
     figure, axes = pyplot.subplots(2, math.ceil(len(names) / 2), figsize=(3.2 * math.ceil(len(names) / 2), 5), squeeze=False)
     for axis, key in itertools.zip_longest(axes.flat, names):
         if key is None:

@@ -1733,7 +1733,7 @@ def test_grpo_step_against_trl(tmp_path, monkeypatch, operands, limit):
     """24 prompts x 16 responses from the same weights: TRL's GRPOTrainer (loss_type dapo, beta 0, one batch of 384), and ours."""
     trl = pytest.importorskip("trl", reason="TRL is not installed here (pip install trl)")
     from datasets import Dataset
-    c = config("--method", "grpo", "--operands", *operands, "--max_new_tokens", limit)
+    c = config("--method", "grpo", "--operands", *operands, "--max_new_tokens", limit, "--prompts_per_step", 24, "--rollouts", 16)
     model, tokenizer = m.load_policy(config())  # the warm start of the default setting: made once, then found
     monkeypatch.chdir(tmp_path)
     problems, _ = m.load_problems(c)
@@ -1818,7 +1818,7 @@ def test_200_000_hostile_strings():
 def test_tree_update_against_flat():
     """Trees of the paper's shape (4, 9, 1, 1), a random node branched each time, responses of 16 steps, 6 layers 256 wide."""
     print()
-    for length in (128, 512, 1024):
+    for length in (128, 256, 512):
         model, rng = small_model(hidden_size=256, intermediate_size=768, num_hidden_layers=6, head_dim=64, max_position_embeddings=2048,
                                  initializer_range=0.02), random.Random(0)
         roots = []
