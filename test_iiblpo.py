@@ -1239,6 +1239,29 @@ def test_at_the_first_update_the_ratio_is_one_and_psa_learns():
     assert {"branch_place", "branch_entropy_ratio", "sibling_similarity", "gamma", "kept", "kept_branches", "ib_kept", "ib_dropped"} <= log.keys()
 
 
+OFFLINE = """
+import os, runpy, socket, sys
+os.environ["HF_HUB_OFFLINE"] = "1"
+def refuse(*args, **kwargs):
+    print("NETWORK", args, file=sys.stderr)
+    raise OSError("no network")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script, flags", [("iiblpo.py", QUICK), ("ib_tpo.py", TREES)], ids=["iiblpo", "ib_tpo"])
+def test_offline_nothing_tries_the_network(folder, script, flags):
+    Path("d.jsonl").write_text("".join(json.dumps({"question": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(9)))
+    run = subprocess.run([sys.executable, "-c", OFFLINE, str(HERE / script), *map(str, flags), "--dataset", "d.jsonl", "--max_steps", "1",
+                          "--kl", "0.1"], capture_output=True, text=True)
+    assert run.returncode == 0 and "NETWORK" not in run.stderr, run.stderr
+    run = subprocess.run([sys.executable, "-c", OFFLINE, str(HERE / script), "--model", "Qwen2.5-0.5B", "--dataset", "gsm8k"],
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "NETWORK" not in run.stderr, run.stderr
+
+
 # ---- difficulty-sensitive heads -------------------------------------------------------------------------------------
 
 
