@@ -920,17 +920,19 @@ def insert(root: Node, steps: list[list[int]], step_logps, reward: float, step_e
 
     Steps that the tree has already are visited once more: their estimates are pooled [O].
     """
-    node = root
-    for i, tokens in enumerate([None, *steps]):
-        if i:
-            parent, node = node, next((c for c in node.children if c.tokens == tokens), None)
-            if node is None:
-                node = Node(tokens, torch.as_tensor(step_logps[i - 1]), parent=parent, end=parent.end + len(tokens),
-                            step_prob=root.step_prob)
-                node.entropy = torch.zeros(len(tokens)) if step_entropy is None else step_entropy[i - 1]
-                parent.children.append(node)
+    path = [root]
+    for i, tokens in enumerate(steps):
+        parent = path[-1]
+        node = next((c for c in parent.children if c.tokens == tokens), None)
+        if node is None:
+            node = Node(tokens, torch.as_tensor(step_logps[i]), parent=parent, end=parent.end + len(tokens),
+                        step_prob=root.step_prob)
+            node.entropy = torch.zeros(len(tokens)) if step_entropy is None else step_entropy[i]
+            parent.children.append(node)
+        path.append(node)
+    for node in path:
         node.visits, node.total_reward, node.memory = node.visits + 1, node.total_reward + reward, node.memory or memory
-    return node
+    return path[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1223,17 +1225,19 @@ def update_on_trees(model, optimizer, roots: list[Node], config, reference=None)
             items, length = [pack_tree(*tree) for tree in part], lambda pack: pack["input_ids"].shape[1]
         else:
             items, length = [t for tree in part for t in flatten(*tree, config)], lambda t: len(t.prompt) + len(t.response)
+        loss = 0.0
         for micro in micro_batches(items, config.micro_tokens, length):
             share = sum(x["weights"].sum().item() if config.update == "tree" else len(x.response) for x in micro) / whole
             micro_loss, extra = tree_loss(model, micro, config, reference)
             (share * micro_loss).backward()
+            loss += share * extra["loss"]
             for key, value in extra.items():
                 means[key] += share * value / len(parts)
         for key, value in tokens.items():
             means[key] += value
         sum_gradients(model)
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        if math.isfinite(stats["grad_norm"]):
+        if math.isfinite(stats["grad_norm"]) and math.isfinite(over_processes({"loss": loss})["loss"]):
             optimizer.step()
         else:
             stats["skipped"] += 1
@@ -1349,6 +1353,8 @@ def save_atomically(path: Path, write) -> None:
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own words for a full disk
         fail(f"cannot write {path}: {one_line(e)}; what stood there before is untouched")
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         remove(temporary)
         remove(old)
 
@@ -1597,9 +1603,9 @@ def compare(config, argv: list[str]) -> dict:
         fail("--compare starts processes of its own: run it without torchrun")
     folder, variants = Path(config.out or "runs/compare"), config.compare.split(",")
     waiting, running, results = [], [], {v: [] for v in variants}
-    for seed, variant in itertools.product(range(config.seeds), variants):
+    outs = {(seed, v): folder / f"{v.replace(' ', ',')}-{seed}" for seed in range(config.seeds) for v in variants}
+    for (seed, variant), out in outs.items():
         method, *settings = variant.split("+")
-        out = folder / f"{variant.replace(' ', ',')}-{seed}"
         flags = [*argv, "--compare=", "--method", method, "--seed", str(seed), "--out", str(out)]
         for key, _, value in (s.partition("=") for s in settings):
             flags += [f"--{key}", *value.split(" ")]
@@ -1609,7 +1615,7 @@ def compare(config, argv: list[str]) -> dict:
     if waiting:
         load_policy(config)  # the warm start, once for all
     threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
-    bar = tqdm(total=config.seeds * len(variants), initial=config.seeds * len(variants) - len(waiting), desc="compare", unit="run")
+    bar = tqdm(total=len(outs), initial=len(outs) - len(waiting), desc="compare", unit="run")
     while waiting or running:
         while waiting and len(running) < config.jobs:
             out, flags = waiting.pop(0)
@@ -1626,8 +1632,7 @@ def compare(config, argv: list[str]) -> dict:
                     other.terminate()
                 fail(f"{out} ended with code {process.returncode}: " + ((out / "log.txt").read_text().splitlines() or [""])[-1])
     bar.close()
-    for seed, variant in itertools.product(range(config.seeds), variants):
-        out = folder / f"{variant.replace(' ', ',')}-{seed}"
+    for (_, variant), out in outs.items():
         last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-5:]]
         results[variant].append(json.loads((out / "summary.json").read_text())["after"] | {
             "last": {k: sum(step.get(k, 0.0) for step in last) / len(last) for k in last[-1]}})
@@ -1653,14 +1658,20 @@ def compare(config, argv: list[str]) -> dict:
     return table
 
 
-def plot(config) -> dict:
-    """Learning curves of the runs in the folders `plot` (a comparison's folder stands for all of its runs) over the tokens
-    sampled, mean and range over runs whose names differ in the seed only, as an SVG file OUT.
-    """
+def import_pyplot():
+    """matplotlib's pyplot, which only pictures need; fails with one line where it is missing."""
     try:
         from matplotlib import pyplot
     except ImportError:
         fail("--plot needs matplotlib: pip install matplotlib")
+    return pyplot
+
+
+def plot(config) -> dict:
+    """Learning curves of the runs in the folders `plot` (a comparison's folder stands for all of its runs) over the tokens
+    sampled, mean and range over runs whose names differ in the seed only, as an SVG file OUT.
+    """
+    pyplot = import_pyplot()
     logs = [log for name in config.plot for log in sorted({*Path(name).glob("metrics.jsonl"), *Path(name).glob("*/metrics.jsonl")})]
     variants, bins = defaultdict(list), 25
     for log in logs:

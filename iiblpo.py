@@ -1303,12 +1303,14 @@ def update(model, optimizer, trajectories: list[Trajectory], config, reference=N
         whole = over_processes(count, ("tokens", "responses"))
         if not whole["tokens"]:
             continue
+        loss = 0.0
         for micro in micro_batches(part, config.micro_tokens):
             by_tokens = sum(len(t.response) - t.start for t in micro) / whole["tokens"]
             share = by_tokens if config.loss_mean == "token" else len(micro) / whole["responses"]
             with psa.steer(model, micro) if psa is not None else contextlib.nullcontext():
                 micro_loss, extra = batch_loss(model, micro, config, reference)
                 (share * micro_loss).backward()
+            loss += share * extra["loss"]
             for key, value in extra.items():
                 means[key] += share * value / len(parts)
         means["tokens_trained"] += count["tokens"]
@@ -1316,7 +1318,7 @@ def update(model, optimizer, trajectories: list[Trajectory], config, reference=N
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
         if psa is not None:
             stats["psa_grad_norm"] = torch.nn.utils.clip_grad_norm_(psa.parameters(), config.max_grad_norm).item()
-        if all(map(math.isfinite, stats.values())):
+        if all(map(math.isfinite, [*stats.values(), over_processes({"loss": loss})["loss"]])):
             optimizer.step()
         else:
             stats["skipped"] += 1
@@ -1432,6 +1434,8 @@ def save_atomically(path: Path, write) -> None:
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own words for a full disk
         fail(f"cannot write {path}: {one_line(e)}; what stood there before is untouched")
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         remove(temporary)
         remove(old)
 
@@ -1799,9 +1803,9 @@ def compare(config, argv: list[str]) -> dict:
         fail("--compare starts processes of its own: run it without torchrun")
     folder, variants = Path(config.out or "runs/compare"), config.compare.split(",")
     waiting, running, results = [], [], {v: [] for v in variants}
-    for seed, variant in itertools.product(range(config.seeds), variants):
+    outs = {(seed, v): folder / f"{v.replace(' ', ',')}-{seed}" for seed in range(config.seeds) for v in variants}
+    for (seed, variant), out in outs.items():
         method, *settings = variant.split("+")
-        out = folder / f"{variant.replace(' ', ',')}-{seed}"
         flags = [*argv, "--compare=", "--method", method, "--seed", str(seed), "--out", str(out)]
         for key, _, value in (s.partition("=") for s in settings):
             flags += [f"--{key}", *value.split(" ")]
@@ -1811,7 +1815,7 @@ def compare(config, argv: list[str]) -> dict:
     if waiting:
         load_policy(config)  # the warm start, once for all
     threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
-    bar = tqdm(total=config.seeds * len(variants), initial=config.seeds * len(variants) - len(waiting), desc="compare", unit="run")
+    bar = tqdm(total=len(outs), initial=len(outs) - len(waiting), desc="compare", unit="run")
     while waiting or running:
         while waiting and len(running) < config.jobs:
             out, flags = waiting.pop(0)
@@ -1828,8 +1832,7 @@ def compare(config, argv: list[str]) -> dict:
                     other.terminate()
                 fail(f"{out} ended with code {process.returncode}: " + ((out / "log.txt").read_text().splitlines() or [""])[-1])
     bar.close()
-    for seed, variant in itertools.product(range(config.seeds), variants):
-        out = folder / f"{variant.replace(' ', ',')}-{seed}"
+    for (_, variant), out in outs.items():
         last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-5:]]
         results[variant].append(json.loads((out / "summary.json").read_text())["after"] | {
             "last": {k: sum(step.get(k, 0.0) for step in last) / len(last) for k in last[-1]}})
@@ -1855,14 +1858,20 @@ def compare(config, argv: list[str]) -> dict:
     return table
 
 
-def plot(config) -> dict:
-    """Learning curves of the runs in the folders `plot` (a comparison's folder stands for all of its runs) over the tokens
-    sampled, mean and range over runs whose names differ in the seed only, as an SVG file OUT.
-    """
+def import_pyplot():
+    """matplotlib's pyplot, which only pictures need; fails with one line where it is missing."""
     try:
         from matplotlib import pyplot
     except ImportError:
         fail("--plot needs matplotlib: pip install matplotlib")
+    return pyplot
+
+
+def plot(config) -> dict:
+    """Learning curves of the runs in the folders `plot` (a comparison's folder stands for all of its runs) over the tokens
+    sampled, mean and range over runs whose names differ in the seed only, as an SVG file OUT.
+    """
+    pyplot = import_pyplot()
     logs = [log for name in config.plot for log in sorted({*Path(name).glob("metrics.jsonl"), *Path(name).glob("*/metrics.jsonl")})]
     variants, bins = defaultdict(list), 25
     for log in logs:
@@ -2040,6 +2049,7 @@ def probe_heads(config) -> dict:
     """Score the attention heads of OUT's policy, or of the warm start, on the held-out problems; print the map layers x
     heads and the best, write heads.json to OUT (or runs/heads), and with --plot FOLDER a map heads.svg there.
     """
+    pyplot = import_pyplot() if config.plot else None
     problems = load_problems(config)[1]
     model, tokenizer = load_policy(config)
     require_llama_like(model)
@@ -2062,10 +2072,6 @@ def probe_heads(config) -> dict:
     path = Path(config.out or "runs/heads") / "heads.json"
     save_atomically(path, lambda temporary: temporary.write_text(json.dumps(report) + "\n"))
     for folder in map(Path, config.plot):
-        try:
-            from matplotlib import pyplot
-        except ImportError:
-            fail("--plot needs matplotlib: pip install matplotlib")
         figure, axis = pyplot.subplots(figsize=(1.5 + 0.35 * scores.shape[1], 1.2 + 0.35 * scores.shape[0]))
         figure.colorbar(axis.imshow(scores.tolist(), vmin=0, cmap="magma", aspect="auto"), label=f"Spearman; chance {chance:.2f}")
         axis.set(xlabel="head", ylabel="layer", xticks=range(scores.shape[1]), yticks=range(scores.shape[0]))

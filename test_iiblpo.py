@@ -621,19 +621,24 @@ def test_a_run_writes_all_that_it_promises_and_the_same_seed_gives_the_same_numb
     assert not list(Path(".").rglob("*.tmp"))
 
 
+def dies_at_call(n, real):
+    """`real`, interrupted at its n-th call."""
+    calls = itertools.count(1)
+
+    def dies(*args):
+        if next(calls) == n:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    return dies
+
+
 @pytest.mark.parametrize("method", ["iiblpo", "grpo"])
 def test_a_resumed_run_gives_the_very_metrics_of_an_uninterrupted_one(folder, monkeypatch, method):
     flags = list(map(str, [*QUICK, "--method", method]))
     whole = m.main([*flags, "--out", "whole"])
-    real, calls = m.update, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(m, "update", dies)
+    real = m.update
+    monkeypatch.setattr(m, "update", dies_at_call(4, real))
     with pytest.raises(KeyboardInterrupt):
         m.main([*flags, "--out", "part"])
     assert len(metrics("part")) == 3 and torch.load("part/state.pt")["step"] == 2
@@ -1699,15 +1704,8 @@ def test_ib_tpo_runs_repeat_and_resume(folder, monkeypatch, flags):
     logged = metrics("whole")
     assert {"reward", "eff_rate", "entropy", "tokens_sampled", "trajectories", "ib_score", "cov"} <= logged[0].keys()
     assert len(logged) == 4 and whole["config"]["advantage"] == ("grpo" if "grpo" in flags else "gl+ib")
-    real, calls = tpo.update_on_trees, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(tpo, "update_on_trees", dies)
+    real = tpo.update_on_trees
+    monkeypatch.setattr(tpo, "update_on_trees", dies_at_call(4, real))
     with pytest.raises(KeyboardInterrupt):
         tpo.main([*flags, "--out", "part"])
     monkeypatch.setattr(tpo, "update_on_trees", real)
