@@ -48,7 +48,8 @@ from tokenizers import Tokenizer, decoders, models
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache, GenerationConfig,
-                          LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+                          LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria)
+from transformers.cache_utils import DynamicLayer
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -678,7 +679,7 @@ class Trajectory:
     entropy: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [T]
     start: int = 0  # t*: response[start:] are its own tokens, those before were sampled by its parent
     z: torch.Tensor | None = None  # [Z], the latent that steers its own tokens (I²B-LPO)
-    memory: tuple | None = None  # (key/value cache, last hidden states [B, columns, H], its row, its first column)
+    memory: tuple | None = None  # (key/value cache, its row's last hidden states [tokens, H], its row, its first column)
     group: int = 0  # which prompt of the batch
     text: str = ""
     complete: bool = True  # it ended by itself
@@ -726,6 +727,32 @@ def autocast(model):
     return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else contextlib.nullcontext()
 
 
+def full_attention(model) -> bool:
+    """Whether every layer keeps the keys and values of all tokens: no sliding window, no recurrence. Only then can a cache
+    be moved to other rows and columns."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+SMALL_BATCH = 16
+
+
+class HalfEnded(StoppingCriteria):
+    """Ends a `generate` call once half of its rows have ended: `sample` goes on with the others in a smaller batch. [O]
+
+    Below SMALL_BATCH rows, where a forward pass hardly depends on their number, it waits for all; so it does where
+    `movable` says that their cache cannot be taken along.
+    """
+
+    def __init__(self, width: int, room: torch.Tensor, stop: set[int], movable: bool):
+        self.width, self.room, self.stop = width, room, torch.tensor(sorted(stop), device=room.device)
+        self.enough = math.ceil(len(room) / 2) if movable and len(room) >= SMALL_BATCH else len(room)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        new = input_ids[:, self.width:]
+        ended = torch.isin(new, self.stop).any(1) | (self.room <= new.shape[1])
+        return (ended.sum() >= self.enough).expand(len(ended))
+
+
 @torch.no_grad()
 def sample(model, tokenizer, starts: list[Trajectory], config, greedy=False, steer=None, keep=False) -> list[Trajectory]:
     """Go on from each of `starts` (a bare prompt, or a prefix of a response) by HF `generate`, at temperature 1 without
@@ -736,32 +763,40 @@ def sample(model, tokenizer, starts: list[Trajectory], config, greedy=False, ste
     `memory`. Rows of like length share a call, so that little is padded; `generate_tokens` bounds a call's rows x longest.
     """
     model.eval()
-    result = [None] * len(starts)
+    result = [replace(s, start=len(s.response)) for s in starts]
     stop = model.generation_config.eos_token_id
     stop = set(stop if isinstance(stop, list) else [stop])
     lengths = [len(s.prompt) + config.max_new_tokens for s in starts]
     for rows in micro_batches(range(len(starts)), config.generate_tokens, lengths.__getitem__):
-        batch, states, recorder = [starts[i] for i in rows], [], Recorder()
-        inputs = tokenizer.pad({"input_ids": [s.prompt + s.response for s in batch]}, return_tensors="pt").to(model.device)
-        width, room = inputs["input_ids"].shape[1], [config.max_new_tokens - len(s.response) for s in batch]
-        with autocast(model), contextlib.ExitStack() as stack:
-            if steer or any(s.response for s in batch):
-                inputs["past_key_values"] = prefix_cache(model, batch, inputs["input_ids"], inputs["attention_mask"])
-            if steer:
-                stack.enter_context(steer(batch))
-            if keep:
-                hook = model.base_model.norm.register_forward_hook(lambda module, args, output: states.append(output))
-                stack.callback(hook.remove)
-            out = model.generate(**inputs, max_new_tokens=max(room), do_sample=not greedy, top_k=0,
-                                 logits_processor=[recorder], return_dict_in_generate=True)
-        new = out.sequences[:, width:]
-        states = torch.cat(states, 1) if keep else None
-        for j, (i, tokens, logp, h) in enumerate(zip(rows, new.tolist(), *recorder.finish(new))):
-            s, end = starts[i], next((t + 1 for t, token in enumerate(tokens) if token in stop), math.inf)
-            n = min(end, len(tokens), room[j])
-            memory = (out.past_key_values, states, j, width - len(s.prompt + s.response)) if keep else None
-            result[i] = replace(s, response=s.response + tokens[:n], logps=torch.cat([s.logps, logp[:n]]), memory=memory,
-                                entropy=torch.cat([s.entropy, h[:n]]), start=len(s.response), complete=end <= room[j])
+        while rows:
+            batch, states, recorder = [result[i] for i in rows], [], Recorder()
+            inputs = tokenizer.pad({"input_ids": [s.prompt + s.response for s in batch]}, return_tensors="pt").to(model.device)
+            width, room = inputs["input_ids"].shape[1], [config.max_new_tokens - len(s.response) for s in batch]
+            with autocast(model), contextlib.ExitStack() as stack:
+                if reuse := steer or any(s.response for s in batch):
+                    inputs["past_key_values"] = prefix_cache(model, batch, inputs["input_ids"], inputs["attention_mask"])
+                if steer:
+                    stack.enter_context(steer(batch))
+                if keep:
+                    hook = model.base_model.norm.register_forward_hook(lambda module, args, output: states.append(output))
+                    stack.callback(hook.remove)
+                half = HalfEnded(width, torch.tensor(room, device=model.device), stop, full_attention(model))
+                out = model.generate(**inputs, max_new_tokens=max(room), do_sample=not greedy, top_k=0,
+                                     logits_processor=[recorder], stopping_criteria=[half], return_dict_in_generate=True)
+            new, left = out.sequences[:, width:], []
+            states = torch.cat(states, 1) if keep else None
+            for j, (i, tokens, logp, h) in enumerate(zip(rows, new.tolist(), *recorder.finish(new))):
+                s, end = result[i], next((t + 1 for t, token in enumerate(tokens) if token in stop), math.inf)
+                n, first = min(end, len(tokens), room[j]), width - len(s.prompt + s.response)
+                if goes_on := n < min(end, room[j]):
+                    left.append(i)
+                if keep:  # a reused prefix brings the states of all its tokens but the last
+                    known = s.memory[1][:len(s.prompt + s.response) - 1] if reuse and s.memory else states[j, :0]
+                    seen = torch.cat([known, states[j, 0 if reuse else first:]])
+                memory = (out.past_key_values, seen if keep else None, j, first) if keep or goes_on else None
+                result[i] = replace(s, response=s.response + tokens[:n], logps=torch.cat([s.logps, logp[:n]]), memory=memory,
+                                    entropy=torch.cat([s.entropy, h[:n]]), complete=end <= room[j])
+            rows = left
     for t, text in zip(result, tokenizer.batch_decode([t.response for t in result], skip_special_tokens=True)):
         t.text = text
     return result
@@ -1141,8 +1176,7 @@ AttentionMaskInterface.register("tree", sdpa_mask)
 
 def require_full_attention(model) -> None:
     """Fail where a tree cannot be packed, or a prefix's cache not be moved: sliding windows, recurrent layers."""
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if not hasattr(model.base_model, "layers") or kinds != {"full_attention"}:
+    if not hasattr(model.base_model, "layers") or not full_attention(model):
         fail(f"trees need a decoder with model.layers and full attention (Qwen2, Qwen3, Llama), not {type(model).__name__}; "
              "--method grpo --update flat takes it")
 
@@ -1593,16 +1627,15 @@ def branching_table(config) -> dict:
 
 
 def compare(config, argv: list[str]) -> dict:
-    """Train each variant of `compare` with seeds 0 ... `seeds` - 1, all from one warm start; print and save a table.
+    """Train each variant of `compare` with seeds 0 ... `seeds` - 1, all from one warm start; returns their table.
 
     A variant is a method, or one with other settings: grpo, iiblpo+keep=6+kappa=0. Runs stand in OUT/VARIANT-SEED, finished
-    ones are taken as they are, broken ones go on. The table has mean ± standard error over seeds, and of the difference to
-    the first variant with the same seed; `last` in compare.json is the mean over a run's last five steps.
+    ones are taken as they are, broken ones go on.
     """
     if WORLD > 1:
         fail("--compare starts processes of its own: run it without torchrun")
     folder, variants = Path(config.out or "runs/compare"), config.compare.split(",")
-    waiting, running, results = [], [], {v: [] for v in variants}
+    waiting, running = [], []
     outs = {(seed, v): folder / f"{v.replace(' ', ',')}-{seed}" for seed in range(config.seeds) for v in variants}
     for (seed, variant), out in outs.items():
         method, *settings = variant.split("+")
@@ -1632,25 +1665,34 @@ def compare(config, argv: list[str]) -> dict:
                     other.terminate()
                 fail(f"{out} ended with code {process.returncode}: " + ((out / "log.txt").read_text().splitlines() or [""])[-1])
     bar.close()
-    for (_, variant), out in outs.items():
-        last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-5:]]
-        results[variant].append(json.loads((out / "summary.json").read_text())["after"] | {
-            "last": {k: sum(step.get(k, 0.0) for step in last) / len(last) for k in last[-1]}})
+    return compare_runs(folder, {v: [outs[seed, v] for seed in range(config.seeds)] for v in variants})
 
+
+def compare_runs(folder: Path, variants: dict[str, list[Path]]) -> dict:
+    """Table of variants, each a list of its runs' folders by seed, printed and written to compare.json: mean ± standard error
+    over seeds, and that of the difference to the first variant with the same seed. `last` is a run's mean over its last
+    five steps.
+    """
     def mean_and_error(x):
         mean = sum(x) / len(x)
         return mean, math.sqrt(sum((v - mean) ** 2 for v in x) / max(1, len(x) - 1) / len(x))
 
+    results = {variant: [] for variant in variants}
+    for variant, out in ((v, out) for v, outs in variants.items() for out in outs):
+        last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-5:]]
+        results[variant].append(json.loads((out / "summary.json").read_text())["after"] | {
+            "last": {k: sum(step.get(k, 0.0) for step in last) / len(last) for k in last[-1]}})
+    first = next(iter(results.values()))
     table, width = {}, max(map(len, variants)) + 2
-    print(f"\n{config.seeds} seeds, mean ± standard error; below, the paired difference to {variants[0]}")
+    print(f"\n{len(first)} seeds, mean ± standard error; below, the paired difference to {next(iter(variants))}")
     print(f"{'':{width}}" + "".join(f"{key:>20}" for key in ("pass@1", "pass@k", "distinct_correct")))
     for variant, runs in results.items():
         table[variant] = {"runs": runs}
         for key in [k for k in runs[0] if k != "last"]:
-            values, base = [r[key] for r in runs], [r[key] for r in results[variants[0]]]
+            values, base = [r[key] for r in runs], [r[key] for r in first]
             table[variant][key] = {"mean ± error": mean_and_error(values),
                                    "difference ± error": mean_and_error([a - b for a, b in zip(values, base)])}
-        for name, kind in ((variant, "mean ± error"), ("", "difference ± error"))[:1 + (variant != variants[0])]:
+        for name, kind in ((variant, "mean ± error"), ("", "difference ± error"))[:1 + (runs is not first)]:
             cells = ["{:{}.3f} ± {:.3f}".format(table[variant][k][kind][0], "+" if not name else "", table[variant][k][kind][1])
                      for k in ("pass@1", "pass@k", "distinct_correct")]
             print(f"{name:{width}}" + "".join(f"{cell:>20}" for cell in cells))

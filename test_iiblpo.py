@@ -1,5 +1,6 @@
 """Tests of iiblpo.py and ib_tpo.py: hand-worked values, independent slow versions, faults. `pytest` runs them; `-m benchmark` the timings."""
 import ast
+import copy
 import inspect
 import itertools
 import json
@@ -947,7 +948,9 @@ def test_a_trained_cvae_uses_its_latent():
     assert ((a - b) / cvae.scale[1]).abs().mean() > 0.05  # different z, different decodings
 
 
-def test_features_are_means_of_hidden_states():
+@pytest.mark.parametrize("small", [1, 99])  # in batches that are halved, and in one
+def test_features_are_means_of_hidden_states(monkeypatch, small):
+    monkeypatch.setattr(m, "SMALL_BATCH", small)
     model = small_model()
     batch = m.sample(model, m.tiny_tokenizer(), prompts("1+2=\n", "3*4*5-6+7=\n"), config("--max_new_tokens", 15), keep=True)
     cuts = [len(t.response) // 2 for t in batch]
@@ -978,7 +981,8 @@ MODES = [["psa"], ["psa", "--psa_layers", 2, "--psa_halflife", 3], ["psa", "--ps
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES, ids=lambda x: "-".join(map(str, x)))
-def test_branches_log_probs_while_sampling_equal_the_training_pass(kind, mode):
+def test_branches_log_probs_while_sampling_equal_the_training_pass(kind, mode, monkeypatch):
+    monkeypatch.setattr(m, "SMALL_BATCH", 4)  # so that batches are halved where rows have ended
     model, tokenizer = small_model(kind), m.tiny_tokenizer()
     c, psa, cvae = steered(model, "--branch_mode", *mode, "--branches", 3, "--top_frac", 0.6)
     psa = None if mode == ["random"] else psa
@@ -1043,7 +1047,25 @@ def test_gamma_decays():
     assert m.psa_gamma(99, config("--psa_decay_steps", 0)) == config().psa_gamma
 
 
-def test_reusing_the_cache_and_prefilling_again_give_the_same_samples():
+def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(monkeypatch):
+    model, tokenizer, sizes = small_model(), m.tiny_tokenizer(), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: sizes.append(len(inputs["input_ids"])) or generate(**inputs))
+    starts = prompts(*[f"{i}+{j}*{i}=\n" for i in range(8) for j in range(5)])
+    for t in starts[::2]:  # prefixes with less room, and without a memory
+        t.response, t.logps, t.entropy = [3, 4, 5], torch.zeros(3), torch.zeros(3)
+    c = config("--max_new_tokens", 20)
+    halved = m.sample(model, tokenizer, starts, c, greedy=True)
+    assert sizes[0] == 40 and len(sizes) > 1 and all(2 * b <= a for a, b in itertools.pairwise(sizes))
+    monkeypatch.setattr(m, "SMALL_BATCH", 99)
+    for a, b in zip(halved, m.sample(model, tokenizer, starts, c, greedy=True)):
+        assert a.response == b.response and (a.start, a.complete, a.text, a.memory) == (b.start, b.complete, b.text, None)
+        assert a.logps.allclose(b.logps, atol=1e-5) and a.entropy.allclose(b.entropy, atol=1e-5)
+    assert len({len(t.response) for t in halved}) > 2
+
+
+def test_reusing_the_cache_and_prefilling_again_give_the_same_samples(monkeypatch):
+    monkeypatch.setattr(m, "SMALL_BATCH", 4)
     model, tokenizer = small_model(), m.tiny_tokenizer()
     c, psa, _ = steered(model)
     texts = prompts("1+2=\n", "3*4*5-6+7=\n", "9-9-9=\n", "2+2+2+2=\n") * 3
@@ -1722,8 +1744,11 @@ def test_mistakes_with_trees_are_one_line(folder, capsys, flags, message):
     assert not Path("runs").exists() or not list(Path("runs").glob("*/metrics.jsonl"))
 
 
-def test_trees_need_full_attention(folder, capsys):
-    small_model(use_sliding_window=True, sliding_window=8, max_window_layers=1).save_pretrained("policy")
+@pytest.mark.parametrize("kind, window", [("Qwen2", dict(use_sliding_window=True, max_window_layers=1)), ("Mistral", {})])
+def test_trees_need_full_attention(folder, capsys, kind, window):
+    model = small_model(kind, sliding_window=8, **window)  # Mistral's configuration has no layer_types
+    model.save_pretrained("policy")
+    assert not m.full_attention(model) and all(map(m.full_attention, map(small_model, KINDS)))
     assert "--method grpo --update flat takes it" in refused(capsys, *TREES, script=tpo)
     tpo.main(list(map(str, [*TREES, "--method", "grpo", "--update", "flat", "--max_steps", 1])))
 
@@ -1749,36 +1774,55 @@ def median(f, runs=15):
 
 
 @pytest.mark.benchmark
-@pytest.mark.parametrize("operands, limit", [((3, 5), 36), ((4, 7), 48)])
-def test_grpo_step_against_trl(tmp_path, monkeypatch, operands, limit):
-    """24 prompts x 16 responses from the same weights: TRL's GRPOTrainer (loss_type dapo, beta 0, one batch of 384), and ours."""
+@pytest.mark.parametrize("operands, limit, least", [((4, 7), 48, 1.5), ((3, 5), 36, 1.1)])
+def test_steps_against_trl(tmp_path, monkeypatch, operands, limit, least):
+    """From the same weights, taking turns: a step of TRL's GRPOTrainer (24 prompts x 16 responses, loss_type dapo, beta 0, one
+    batch of 384), of our GRPO on as many, and of IB-TPO on 48 trees of 12, grown in nine rounds and in three."""
     trl = pytest.importorskip("trl", reason="TRL is not installed here (pip install trl)")
     from datasets import Dataset
-    c = config("--method", "grpo", "--operands", *operands, "--max_new_tokens", limit, "--prompts_per_step", 24, "--rollouts", 16)
+    flags = ["--operands", *operands, "--max_new_tokens", limit]
+    c = config(*flags, "--method", "grpo", "--prompts_per_step", 24, "--rollouts", 16)
     model, tokenizer = m.load_policy(config())  # the warm start of the default setting: made once, then found
+    mine = copy.deepcopy(model)
     monkeypatch.chdir(tmp_path)
     problems, _ = m.load_problems(c)
-    theirs = []
+    optimizer, rng, seconds = torch.optim.AdamW(mine.parameters(), lr=1e-6), random.Random(0), {}
 
-    class Clock(transformers.TrainerCallback):
+    def grpo():
+        batch = m.collect(mine, tokenizer, None, None, problems, c, rng)[0]
+        return time.perf_counter(), m.update(mine, optimizer, batch, c)
+
+    def ib_tpo(*tree):
+        t = tree_config(*flags, "--tree", *tree)
+        roots, _ = tpo.grow(mine, tokenizer, rng.sample(problems, 48), t, rng)
+        return time.perf_counter(), tpo.update_on_trees(mine, optimizer, roots, t)
+
+    class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             self.start = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
-            theirs.append(time.perf_counter() - self.start)
+            seconds.setdefault("TRL", []).append((time.perf_counter() - self.start, math.nan))
+            for name, step in {"GRPO": grpo, "IB-TPO (4, 9, 1, 1)": lambda: ib_tpo(4, 9, 1, 1),
+                               "IB-TPO (4, 3, 4, 1)": lambda: ib_tpo(4, 3, 4, 1)}.items():
+                start = time.perf_counter()
+                sampled, _ = step()
+                seconds.setdefault(name, []).append((time.perf_counter() - start, sampled - start))
 
     arguments = trl.GRPOConfig(
         output_dir="trl", per_device_train_batch_size=384, num_generations=16, max_completion_length=limit, learning_rate=1e-6,
         loss_type="dapo", beta=0.0, temperature=1.0, top_k=0, max_steps=17, use_cpu=True, bf16=False, report_to=[],
         gradient_checkpointing=False, save_strategy="no", logging_steps=100, disable_tqdm=True)
-    trl.GRPOTrainer(model=model, args=arguments, processing_class=tokenizer, callbacks=[Clock()],
+    trl.GRPOTrainer(model=model, args=arguments, processing_class=tokenizer, callbacks=[Turns()],
                     reward_funcs=lambda completions, gold, **_: [float(m.verify(m.extract_answer(t), g)) for t, g in zip(completions, gold)],
                     train_dataset=Dataset.from_list([{"prompt": q + "\n", "gold": a} for q, a in problems])).train()
-    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=1e-6), random.Random(0)
-    ours = median(lambda: m.update(model, optimizer, m.collect(model, tokenizer, None, None, problems, c, rng)[0], c))
-    theirs = sorted(theirs[2:])[7]
-    print(f"\n{operands} operands: our step {ours:.2f} s, TRL's {theirs:.2f} s, ratio {ours / theirs:.2f}")
-    assert ours / theirs <= 0.9
+    rate = {}
+    print(f"\n{operands} operands, medians of 15 steps")
+    for name, times in seconds.items():
+        step, rollout = (sorted(x)[7] for x in zip(*times[2:]))
+        rate[name] = (576 if name.startswith("IB") else 384) / step
+        print(f"{name}: {step:.2f} s, of which {rollout:.2f} s sample; {rate[name] / rate['TRL']:.2f} x TRL's trained trajectories a second")
+    assert rate["GRPO"] >= least * rate["TRL"] and rate["IB-TPO (4, 3, 4, 1)"] >= 1.8 * rate["TRL"]
 
 
 MEMORY = """
@@ -1858,6 +1902,34 @@ def test_tree_update_against_flat():
         print(f"{length} tokens a response: tree {tree:.2f} s, flat {flat:.2f} s, ratio {flat / tree:.2f}; "
               f"total over unique tokens {stats['tokens_total'] / stats['tokens_unique']:.2f}")
         assert flat / tree >= 1.3 or length != 512
+
+
+@pytest.mark.benchmark
+def test_growth_of_a_step():
+    """Seconds of a rollout and of an update over trajectories, response length and width: 12 responses a prompt apart, and as
+    a tree that branches at random nodes. 3 layers; responses run to the limit, a step has 18 tokens in the mean."""
+    print("\ntrajectories  tokens  width | rollout: apart  tree | update: flat  tree | total/unique tokens")
+    tokenizer, problem, seconds = m.tiny_tokenizer(), ("3+4*2=", "1"), {}
+    sizes = [(96, 64, 128), (192, 64, 128), (384, 64, 128), (768, 64, 128), (192, 32, 128), (192, 128, 128), (192, 256, 128),
+             (192, 64, 256), (192, 64, 512)]
+    for trajectories, length, width in sizes:
+        model = small_model(hidden_size=width, intermediate_size=3 * width, head_dim=width // 4, max_position_embeddings=512,
+                            initializer_range=0.02)
+        model.generation_config = transformers.GenerationConfig(eos_token_id=99, pad_token_id=0)  # no response ends by itself
+        optimizer, row = torch.optim.AdamW(model.parameters(), lr=0.0), []
+        kinds = [tree_config("--max_new_tokens", length, "--sampler", sampler, "--update", update)
+                 for sampler, update in (("independent", "flat"), ("random", "flat"), ("random", "tree"))]
+        for c in kinds[0], kinds[2]:
+            row.append(median(lambda: tpo.grow(model, tokenizer, [problem] * (trajectories // 12), c, random.Random(0)), 3))
+        roots, _ = tpo.grow(model, tokenizer, [problem] * (trajectories // 12), kinds[2], random.Random(0))
+        for c in kinds[1:]:
+            row.append(median(lambda: tpo.update_on_trees(model, optimizer, roots, c), 3))
+        stats = tpo.update_on_trees(model, optimizer, roots, kinds[2])
+        seconds[trajectories, length, width] = row
+        print("{:12} {:7} {:6} | {:14.2f} {:5.2f} | {:12.2f} {:5.2f} | {:.2f}".format(
+            trajectories, length, width, *row, stats["tokens_total"] / stats["tokens_unique"]), flush=True)
+    for small, large in itertools.pairwise(sizes[:4]):  # nothing grows faster than the number of trajectories
+        assert all(b < 2.5 * a for a, b in zip(seconds[small], seconds[large]))
 
 
 @pytest.mark.benchmark
