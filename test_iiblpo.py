@@ -1905,6 +1905,62 @@ def test_tree_update_against_flat():
 
 
 @pytest.mark.benchmark
+def test_signal_of_a_step(monkeypatch):
+    """How much of a step's gradient is signal, at the warm start, with the default settings: its cosine with the gradient of the
+    mean reward (of 48 steps' independent responses, R - mean as advantage), and |E g|² / tr Var(g), over 16 steps."""
+    steps = 16
+    model, tokenizer = m.load_policy(config())
+    problems, _ = m.load_problems(config())
+    cvae = m.LatentCVAE(model.config.hidden_size, config().z_dim)
+    torch.manual_seed(0)
+    m.train_cvae(cvae, model, m.cvae_pairs(model, tokenizer, problems, config(), random.Random(0)), config())
+    psa = m.PseudoSelfAttention(model, config())
+
+    class Catch:
+        def step(self):
+            self.gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+
+        def zero_grad(self):
+            model.zero_grad()
+
+    def branches(*flags):
+        c, caught = config("--max_grad_norm", 1e9, *flags), Catch()
+        parts = (None, None) if "random" in flags or "grpo" in flags else (psa, cvae)
+        batch, metrics = m.collect(model, tokenizer, *parts, problems, c, rng)
+        m.update(model, caught, batch, c, None, parts[0])
+        return caught.gradient, metrics["tokens_sampled"]
+
+    def trees(*flags):
+        c, caught = tree_config("--max_grad_norm", 1e9, *flags), Catch()
+        roots, trajectories = tpo.grow(model, tokenizer, rng.sample(problems, 48), c, rng)
+        tpo.update_on_trees(model, caught, roots, c)
+        return caught.gradient, sum(len(t.response) - t.start for t in trajectories)
+
+    rng = random.Random(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(m, "group_advantages", lambda R, groups: R - torch.stack([R[groups == g].mean() for g in groups]))
+        rewards = torch.stack([branches("--method", "grpo")[0] for _ in range(3 * steps)])
+    halves = F.cosine_similarity(rewards[::2].mean(0), rewards[1::2].mean(0), 0).item()
+    print(f"\ncosine between two halves of the reference {halves:.2f}\n{'':44}tokens   cosine           signal/noise   per 10,000 tokens")
+    variants = [(branches, "--method", "grpo"), (branches,), (branches, "--initial", 2, "--branches", 3), (branches, "--keep", 4),
+                (branches, "--credit", "own"), (branches, "--branch_mode", "random"), (trees,), (trees, "--sampler", "random"),
+                (trees, "--sampler", "fixed"), (trees, "--sampler", "entropy"), (trees, "--tree", 4, 3, 4, 1), (trees, "--lam", 1),
+                (trees, "--lam", 1, "--beta", 50)]
+    for kind, *flags in variants:
+        torch.manual_seed(0)
+        rng = random.Random(0)
+        gradients, tokens = zip(*(kind(*flags) for _ in range(steps)))
+        g, reference = torch.stack(gradients), rewards.mean(0)
+        cosine, noise = F.cosine_similarity(g, reference[None]), g.var(0).sum()
+        ratio = (g.mean(0).square().sum() / noise - 1 / steps).item()
+        mean = sum(tokens) / steps
+        name = "grpo" if "grpo" in flags else " ".join(map(str, ["iiblpo" if kind is branches else "ib_tpo", *flags]))
+        print(f"{name:44}{mean:6.0f}   {cosine.mean():.3f} ± {cosine.std() / steps ** 0.5:.3f}{ratio:14.3f}{1e4 * ratio / mean:16.3f}", flush=True)
+        assert cosine.mean() > 0
+    assert halves > 0.5
+
+
+@pytest.mark.benchmark
 def test_growth_of_a_step():
     """Seconds of a rollout and of an update over trajectories, response length and width: 12 responses a prompt apart, and as
     a tree that branches at random nodes. 3 layers; responses run to the limit, a step has 18 tokens in the mean."""
