@@ -32,7 +32,7 @@ import sys
 import time
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -729,11 +729,12 @@ def autocast(model):
 
 def full_attention(model) -> bool:
     """Whether every layer keeps the keys and values of all tokens: no sliding window, no recurrence. Only then can a cache
-    be moved to other rows and columns."""
+    be moved to other rows and columns.
+    """
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-SMALL_BATCH = 16
+SMALL_BATCH = 16  # rows; fewer are never halved
 
 
 class HalfEnded(StoppingCriteria):
@@ -767,36 +768,39 @@ def sample(model, tokenizer, starts: list[Trajectory], config, greedy=False, ste
     stop = model.generation_config.eos_token_id
     stop = set(stop if isinstance(stop, list) else [stop])
     lengths = [len(s.prompt) + config.max_new_tokens for s in starts]
-    for rows in micro_batches(range(len(starts)), config.generate_tokens, lengths.__getitem__):
-        while rows:
-            batch, states, recorder = [result[i] for i in rows], [], Recorder()
-            inputs = tokenizer.pad({"input_ids": [s.prompt + s.response for s in batch]}, return_tensors="pt").to(model.device)
-            width, room = inputs["input_ids"].shape[1], [config.max_new_tokens - len(s.response) for s in batch]
-            with autocast(model), contextlib.ExitStack() as stack:
-                if reuse := steer or any(s.response for s in batch):
-                    inputs["past_key_values"] = prefix_cache(model, batch, inputs["input_ids"], inputs["attention_mask"])
-                if steer:
-                    stack.enter_context(steer(batch))
-                if keep:
-                    hook = model.base_model.norm.register_forward_hook(lambda module, args, output: states.append(output))
-                    stack.callback(hook.remove)
-                half = HalfEnded(width, torch.tensor(room, device=model.device), stop, full_attention(model))
-                out = model.generate(**inputs, max_new_tokens=max(room), do_sample=not greedy, top_k=0,
-                                     logits_processor=[recorder], stopping_criteria=[half], return_dict_in_generate=True)
-            new, left = out.sequences[:, width:], []
-            states = torch.cat(states, 1) if keep else None
-            for j, (i, tokens, logp, h) in enumerate(zip(rows, new.tolist(), *recorder.finish(new))):
-                s, end = result[i], next((t + 1 for t, token in enumerate(tokens) if token in stop), math.inf)
-                n, first = min(end, len(tokens), room[j]), width - len(s.prompt + s.response)
-                if goes_on := n < min(end, room[j]):
-                    left.append(i)
-                if keep:  # a reused prefix brings the states of all its tokens but the last
-                    known = s.memory[1][:len(s.prompt + s.response) - 1] if reuse and s.memory else states[j, :0]
-                    seen = torch.cat([known, states[j, 0 if reuse else first:]])
-                memory = (out.past_key_values, seen if keep else None, j, first) if keep or goes_on else None
-                result[i] = replace(s, response=s.response + tokens[:n], logps=torch.cat([s.logps, logp[:n]]), memory=memory,
-                                    entropy=torch.cat([s.entropy, h[:n]]), complete=end <= room[j])
-            rows = left
+    batches = deque(micro_batches(range(len(starts)), config.generate_tokens, lengths.__getitem__))
+    movable = full_attention(model)
+    while batches:
+        rows = batches.popleft()
+        batch, states, recorder = [result[i] for i in rows], [], Recorder()
+        inputs = tokenizer.pad({"input_ids": [s.prompt + s.response for s in batch]}, return_tensors="pt").to(model.device)
+        width, room = inputs["input_ids"].shape[1], [config.max_new_tokens - len(s.response) for s in batch]
+        with autocast(model), contextlib.ExitStack() as stack:
+            if reuse := steer or any(s.response for s in batch):
+                inputs["past_key_values"] = prefix_cache(model, batch, inputs["input_ids"], inputs["attention_mask"])
+            if steer:
+                stack.enter_context(steer(batch))
+            if keep:
+                hook = model.base_model.norm.register_forward_hook(lambda module, args, output: states.append(output))
+                stack.callback(hook.remove)
+            half = HalfEnded(width, torch.tensor(room, device=model.device), stop, movable)
+            out = model.generate(**inputs, max_new_tokens=max(room), do_sample=not greedy, top_k=0,
+                                 logits_processor=[recorder], stopping_criteria=[half], return_dict_in_generate=True)
+        new, left = out.sequences[:, width:], []
+        states = torch.cat(states, 1) if keep else None
+        for j, (i, tokens, logp, h) in enumerate(zip(rows, new.tolist(), *recorder.finish(new))):
+            s, end = result[i], next((t + 1 for t, token in enumerate(tokens) if token in stop), math.inf)
+            n, first = min(end, len(tokens), room[j]), width - len(s.prompt + s.response)
+            if goes_on := n < min(end, room[j]):
+                left.append(i)
+            if keep:  # a reused prefix brings the states of all its tokens but the last
+                known = s.memory[1][:len(s.prompt + s.response) - 1] if reuse and s.memory else states[j, :0]
+                seen = torch.cat([known, states[j, 0 if reuse else first:]])
+            memory = (out.past_key_values, seen if keep else None, j, first) if keep or goes_on else None
+            result[i] = replace(s, response=s.response + tokens[:n], logps=torch.cat([s.logps, logp[:n]]), memory=memory,
+                                entropy=torch.cat([s.entropy, h[:n]]), complete=end <= room[j])
+        if left:  # at once, so that the caches of one batch are all that waits
+            batches.appendleft(left)
     for t, text in zip(result, tokenizer.batch_decode([t.response for t in result], skip_special_tokens=True)):
         t.text = text
     return result
@@ -1678,10 +1682,11 @@ def compare_runs(folder: Path, variants: dict[str, list[Path]]) -> dict:
         return mean, math.sqrt(sum((v - mean) ** 2 for v in x) / max(1, len(x) - 1) / len(x))
 
     results = {variant: [] for variant in variants}
-    for variant, out in ((v, out) for v, outs in variants.items() for out in outs):
-        last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-5:]]
-        results[variant].append(json.loads((out / "summary.json").read_text())["after"] | {
-            "last": {k: sum(step.get(k, 0.0) for step in last) / len(last) for k in last[-1]}})
+    for variant, outs in variants.items():
+        for out in outs:
+            last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-5:]]
+            results[variant].append(json.loads((out / "summary.json").read_text())["after"] | {
+                "last": {k: sum(step.get(k, 0.0) for step in last) / len(last) for k in last[-1]}})
     first = next(iter(results.values()))
     table, width = {}, max(map(len, variants)) + 2
     print(f"\n{len(first)} seeds, mean ± standard error; below, the paired difference to {next(iter(variants))}")
