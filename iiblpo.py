@@ -800,7 +800,7 @@ def sample(model, tokenizer, starts: list[Trajectory], config, greedy=False, ste
             if steer:
                 stack.enter_context(steer(batch))
             if keep:
-                hook = model.base_model.norm.register_forward_hook(lambda module, args, output: states.append(output))
+                hook = model.base_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
                 stack.callback(hook.remove)
             half = HalfEnded(width, torch.tensor(room, device=model.device), stop, movable)
             out = model.generate(**inputs, max_new_tokens=max(room), do_sample=not greedy, top_k=0,

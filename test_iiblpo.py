@@ -1598,7 +1598,7 @@ def test_trees_grow_as_configured(kind, sampler):
             assert len({tuple(c.tokens) for c in node.children}) == len(node.children) and node.memory is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + ["GPTNeoX"])
 def test_packed_log_probs_are_those_of_one_pass_a_trajectory(kind, monkeypatch):
     model, c, roots, _ = grown(kind, advantage="gl+ib")
     for block in (7, 128):
