@@ -135,7 +135,8 @@ class Config:
         B0, L, K, B = self.tree
         self.rollouts = self.rollouts or B0 + (L - 1) * K * B
         for name in ("max_steps", "save_every", "prompts_per_step", "rollouts", "max_new_tokens", "generate_tokens",
-                     "updates_per_step", "micro_tokens", "eval_prompts", "eval_samples", "seeds", "jobs", "warm_steps", "warm_batch"):
+                     "updates_per_step", "micro_tokens", "eval_prompts", "eval_samples", "seeds", "jobs", "warm_steps",
+                     "warm_batch"):
             if getattr(self, name) < 1:
                 fail(f"{name} must be at least 1, not {getattr(self, name)}")
         if 0 < self.max_tokens < self.max_new_tokens:
@@ -367,8 +368,8 @@ def read_rows(rows, question: str, answer: str, name: str) -> list[tuple[str, st
             fail(f"{name}: row {i + 1} has no {answer if q else question}")
         gold = extract_answer(a) or a
         if len(gold) > 300:
-            fail(f"{name}: row {i + 1} has {len(gold)} characters as its answer, and no \\boxed{{...}} or #### in them: nothing "
-                 "could be graded by it")
+            fail(f"{name}: row {i + 1} has {len(gold)} characters as its answer, and no \\boxed{{...}} or #### in them: "
+                 "nothing could be graded by it")
         pairs.setdefault(q, gold)
     return list(pairs.items())
 
@@ -410,7 +411,8 @@ def extract_answer(text: str) -> str | None:
 
 SPELLINGS = [  # LaTeX and typography to plain text, in this order
     (r"\\(?:left|right|displaystyle|[!,;: ]|quad)(?![A-Za-z])|\\[()\[\]]|\\?\$|~|\s+$|^\s+", " "),
-    (r"\\[dtc]frac", r"\\frac"), ("−|–", "-"), (r"×|·|\\times|\\cdot", "*"), (r"÷|\\div", "/"), ("π|\\\\pi(?![A-Za-z])", " pi "), ("²", "^2"), ("³", "^3"),
+    (r"\\[dtc]frac", r"\\frac"), ("−|–", "-"), (r"×|·|\\times|\\cdot", "*"), (r"÷|\\div", "/"),
+    ("π|\\\\pi(?![A-Za-z])", " pi "), ("²", "^2"), ("³", "^3"),
     (r"\\infty|∞", " oo "), (r"\^\s*\{?\s*\\circ\s*\}?|°", ""), (r"\\%", "%"), (r"√\s*(\d+)", r"\\sqrt{\1}"),
     (r"(?<=[\d)}])\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?", ""),
     (r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
@@ -1255,7 +1257,8 @@ def update_on_trees(model, optimizer, roots: list[Node], config, reference=None)
     parts = [taught[i::config.updates_per_step] for i in range(config.updates_per_step)]
     for part in parts:
         nodes = [n for root, _ in part for n in root.walk()[1:]]
-        tokens = {"tokens_total": sum(n.visits * len(n.tokens) for n in nodes), "tokens_unique": sum(len(n.tokens) for n in nodes)}
+        tokens = {"tokens_total": sum(n.visits * len(n.tokens) for n in nodes),
+                  "tokens_unique": sum(len(n.tokens) for n in nodes)}
         whole = over_processes(tokens, tuple(tokens))["tokens_total"]
         if not whole:
             continue
@@ -1500,7 +1503,8 @@ def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_ste
     run after the step, with a checkpoint; a second one ends it at once.
     """
     unit, total = ("token", config.max_tokens) if config.max_tokens else ("step", config.max_steps)
-    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token", disable=RANK > 0 or None)
+    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token",
+               disable=RANK > 0 or None)
     interrupted, stop, log = [], False, folder / "metrics.jsonl"
 
     def interrupt(*_):
@@ -1540,7 +1544,8 @@ def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_ste
         bar.close()
     save(folder, tokenizer, state, parts)
     if stop:
-        print(f"stopped after {state['step']} steps; go on with the same command and --resume --out {folder}", file=sys.stderr)
+        print(f"stopped after {state['step']} steps; go on with the same command and --resume --out {folder}",
+              file=sys.stderr)
         raise SystemExit(130)
 
 
@@ -1667,15 +1672,16 @@ def compare(config, argv: list[str]) -> dict:
             if process.returncode:
                 for _, other in running:
                     other.terminate()
-                fail(f"{out} ended with code {process.returncode}: " + ((out / "log.txt").read_text().splitlines() or [""])[-1])
+                last = ((out / "log.txt").read_text().splitlines() or [""])[-1]
+                fail(f"{out} ended with code {process.returncode}: {last}")
     bar.close()
     return compare_runs(folder, {v: [outs[seed, v] for seed in range(config.seeds)] for v in variants})
 
 
 def compare_runs(folder: Path, variants: dict[str, list[Path]]) -> dict:
-    """Table of variants, each a list of its runs' folders by seed, printed and written to compare.json: mean ± standard error
-    over seeds, and that of the difference to the first variant with the same seed. `last` is a run's mean over its last
-    five steps.
+    """Table of variants, each a list of its runs' folders by seed, printed and written to compare.json: mean ± standard
+    error over seeds, and that of the difference to the first variant with the same seed. `last` is a run's mean over its
+    last five steps.
     """
     def mean_and_error(x):
         mean = sum(x) / len(x)
@@ -1698,8 +1704,8 @@ def compare_runs(folder: Path, variants: dict[str, list[Path]]) -> dict:
             table[variant][key] = {"mean ± error": mean_and_error(values),
                                    "difference ± error": mean_and_error([a - b for a, b in zip(values, base)])}
         for name, kind in ((variant, "mean ± error"), ("", "difference ± error"))[:1 + (runs is not first)]:
-            cells = ["{:{}.3f} ± {:.3f}".format(table[variant][k][kind][0], "+" if not name else "", table[variant][k][kind][1])
-                     for k in ("pass@1", "pass@k", "distinct_correct")]
+            cells = [table[variant][k][kind] for k in ("pass@1", "pass@k", "distinct_correct")]
+            cells = ["{:{}.3f} ± {:.3f}".format(value, "" if name else "+", error) for value, error in cells]
             print(f"{name:{width}}" + "".join(f"{cell:>20}" for cell in cells))
     save_atomically(folder / "compare.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
     return table
@@ -1719,7 +1725,8 @@ def plot(config) -> dict:
     sampled, mean and range over runs whose names differ in the seed only, as an SVG file OUT.
     """
     pyplot = import_pyplot()
-    logs = [log for name in config.plot for log in sorted({*Path(name).glob("metrics.jsonl"), *Path(name).glob("*/metrics.jsonl")})]
+    logs = [log for name in map(Path, config.plot)
+            for log in sorted({*name.glob("metrics.jsonl"), *name.glob("*/metrics.jsonl")})]
     variants, bins = defaultdict(list), 25
     for log in logs:
         steps = [json.loads(line) for line in log.read_text().splitlines()]
@@ -1727,9 +1734,9 @@ def plot(config) -> dict:
             variants[re.sub(r"(-\d+)+$", "", log.parent.name)].append(steps)
     if not variants:
         fail(f"no metrics.jsonl with steps in {', '.join(config.plot)}")
-    names = {"reward": "reward", "eff_rate": "Eff-Rate", "entropy": "token entropy (nats)", "pass@k": "pass@k (of the rollouts)",
-             "distinct_correct": "different correct responses", "length": "tokens a response", "cov": "Cov(η₁, η₂)",
-             "ib_score": "IB-Score"}
+    names = {"reward": "reward", "eff_rate": "Eff-Rate", "entropy": "token entropy (nats)",
+             "pass@k": "pass@k (of the rollouts)", "distinct_correct": "different correct responses",
+             "length": "tokens a response", "cov": "Cov(η₁, η₂)", "ib_score": "IB-Score"}
     names = {k: v for k, v in names.items() if any(k in runs[0][0] for runs in variants.values())}
     longest = max(sum(s["tokens_sampled"] for s in run) for runs in variants.values() for run in runs)
     pyplot.rcParams.update({f"{part}.color": "#808080" for part in ("text", "xtick", "ytick")} | {  # legible on light and dark
@@ -1760,7 +1767,8 @@ def plot(config) -> dict:
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     path = Path(config.out or "runs/curves.svg")
-    save_atomically(path, lambda temporary: figure.savefig(temporary, format="svg", transparent=True, metadata={"Date": None}))
+    save_atomically(path, lambda temporary: figure.savefig(temporary, format="svg", transparent=True,
+                                                           metadata={"Date": None}))
     pyplot.close(figure)
     print(f"{sum(map(len, variants.values()))} runs of {', '.join(variants)} in {path}")
     return {variant: len(runs) for variant, runs in variants.items()}
@@ -1780,9 +1788,11 @@ def shaded(pieces: list[str], heat: list[float], indent: int) -> str:
     lines = []
     for row in rows:
         if color:
-            lines.append("".join(f"\033[30;48;5;{(231, 230, 223, 216, 209, 202)[round(5 * h)]}m{c}" for c, h, _ in row) + "\033[0m")
+            colors = 231, 230, 223, 216, 209, 202
+            lines.append("".join(f"\033[30;48;5;{colors[round(5 * h)]}m{c}" for c, h, _ in row) + "\033[0m")
         else:
-            lines += ["".join(c for c, _, _ in row), "".join(" ▁▂▃▄▅▆▇█"[round(8 * h)] * width for _, h, width in row).rstrip()]
+            bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * h)] * width for _, h, width in row)
+            lines += ["".join(c for c, _, _ in row), bars.rstrip()]
     return "\n".join(" " * indent + line for line in lines if line)
 
 

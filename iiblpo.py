@@ -80,7 +80,7 @@ class Config:
     compare: str = HfArg(default="", help="compare: variants METHOD[+field=value...], comma-separated; trains all of them")
     seeds: int = HfArg(default=4, help="compare: seeds of each variant")
     show: bool = HfArg(default=False, help="do not train: print how the policy of OUT, or the warm start, explores a problem")
-    probe_heads: bool = HfArg(default=False, help="do not train: which attention heads of OUT, or the warm start, tell difficulty")
+    probe_heads: bool = HfArg(default=False, help="do not train: which heads of OUT, or the warm start, tell difficulty")
     plot: list[str] = field(default_factory=list, metadata={"help": "do not train: draw the runs in these folders, as SVG"})
     jobs: int = HfArg(default=1, help="compare: runs at a time, each in a process with its share of the cores")
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: cuda where there is one")
@@ -149,8 +149,8 @@ class Config:
         if self.entropy_bonus is None:
             self.entropy_bonus = 0.003 if self.method == "entropy_reg" else 0.0
         for name in ("max_steps", "save_every", "prompts_per_step", "rollouts", "max_new_tokens", "generate_tokens",
-                     "updates_per_step", "micro_tokens", "eval_prompts", "eval_samples", "seeds", "jobs", "warm_steps", "warm_batch",
-                     "initial", "branches", "ib_rounds", "z_dim", "cvae_steps"):
+                     "updates_per_step", "micro_tokens", "eval_prompts", "eval_samples", "seeds", "jobs", "warm_steps",
+                     "warm_batch", "initial", "branches", "ib_rounds", "z_dim", "cvae_steps"):
             if getattr(self, name) < 1:
                 fail(f"{name} must be at least 1, not {getattr(self, name)}")
         if 0 < self.max_tokens < self.max_new_tokens:
@@ -386,8 +386,8 @@ def read_rows(rows, question: str, answer: str, name: str) -> list[tuple[str, st
             fail(f"{name}: row {i + 1} has no {answer if q else question}")
         gold = extract_answer(a) or a
         if len(gold) > 300:
-            fail(f"{name}: row {i + 1} has {len(gold)} characters as its answer, and no \\boxed{{...}} or #### in them: nothing "
-                 "could be graded by it")
+            fail(f"{name}: row {i + 1} has {len(gold)} characters as its answer, and no \\boxed{{...}} or #### in them: "
+                 "nothing could be graded by it")
         pairs.setdefault(q, gold)
     return list(pairs.items())
 
@@ -429,7 +429,8 @@ def extract_answer(text: str) -> str | None:
 
 SPELLINGS = [  # LaTeX and typography to plain text, in this order
     (r"\\(?:left|right|displaystyle|[!,;: ]|quad)(?![A-Za-z])|\\[()\[\]]|\\?\$|~|\s+$|^\s+", " "),
-    (r"\\[dtc]frac", r"\\frac"), ("−|–", "-"), (r"×|·|\\times|\\cdot", "*"), (r"÷|\\div", "/"), ("π|\\\\pi(?![A-Za-z])", " pi "), ("²", "^2"), ("³", "^3"),
+    (r"\\[dtc]frac", r"\\frac"), ("−|–", "-"), (r"×|·|\\times|\\cdot", "*"), (r"÷|\\div", "/"),
+    ("π|\\\\pi(?![A-Za-z])", " pi "), ("²", "^2"), ("³", "^3"),
     (r"\\infty|∞", " oo "), (r"\^\s*\{?\s*\\circ\s*\}?|°", ""), (r"\\%", "%"), (r"√\s*(\d+)", r"\\sqrt{\1}"),
     (r"(?<=[\d)}])\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?", ""),
     (r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
@@ -1709,7 +1710,8 @@ def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_ste
     run after the step, with a checkpoint; a second one ends it at once.
     """
     unit, total = ("token", config.max_tokens) if config.max_tokens else ("step", config.max_steps)
-    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token", disable=RANK > 0 or None)
+    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token",
+               disable=RANK > 0 or None)
     interrupted, stop, log = [], False, folder / "metrics.jsonl"
 
     def interrupt(*_):
@@ -1749,7 +1751,8 @@ def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_ste
         bar.close()
     save(folder, tokenizer, state, parts)
     if stop:
-        print(f"stopped after {state['step']} steps; go on with the same command and --resume --out {folder}", file=sys.stderr)
+        print(f"stopped after {state['step']} steps; go on with the same command and --resume --out {folder}",
+              file=sys.stderr)
         raise SystemExit(130)
 
 
@@ -1866,15 +1869,16 @@ def compare(config, argv: list[str]) -> dict:
             if process.returncode:
                 for _, other in running:
                     other.terminate()
-                fail(f"{out} ended with code {process.returncode}: " + ((out / "log.txt").read_text().splitlines() or [""])[-1])
+                last = ((out / "log.txt").read_text().splitlines() or [""])[-1]
+                fail(f"{out} ended with code {process.returncode}: {last}")
     bar.close()
     return compare_runs(folder, {v: [outs[seed, v] for seed in range(config.seeds)] for v in variants})
 
 
 def compare_runs(folder: Path, variants: dict[str, list[Path]]) -> dict:
-    """Table of variants, each a list of its runs' folders by seed, printed and written to compare.json: mean ± standard error
-    over seeds, and that of the difference to the first variant with the same seed. `last` is a run's mean over its last
-    five steps.
+    """Table of variants, each a list of its runs' folders by seed, printed and written to compare.json: mean ± standard
+    error over seeds, and that of the difference to the first variant with the same seed. `last` is a run's mean over its
+    last five steps.
     """
     def mean_and_error(x):
         mean = sum(x) / len(x)
@@ -1897,8 +1901,8 @@ def compare_runs(folder: Path, variants: dict[str, list[Path]]) -> dict:
             table[variant][key] = {"mean ± error": mean_and_error(values),
                                    "difference ± error": mean_and_error([a - b for a, b in zip(values, base)])}
         for name, kind in ((variant, "mean ± error"), ("", "difference ± error"))[:1 + (runs is not first)]:
-            cells = ["{:{}.3f} ± {:.3f}".format(table[variant][k][kind][0], "+" if not name else "", table[variant][k][kind][1])
-                     for k in ("pass@1", "pass@k", "distinct_correct")]
+            cells = [table[variant][k][kind] for k in ("pass@1", "pass@k", "distinct_correct")]
+            cells = ["{:{}.3f} ± {:.3f}".format(value, "" if name else "+", error) for value, error in cells]
             print(f"{name:{width}}" + "".join(f"{cell:>20}" for cell in cells))
     save_atomically(folder / "compare.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
     return table
@@ -1918,7 +1922,8 @@ def plot(config) -> dict:
     sampled, mean and range over runs whose names differ in the seed only, as an SVG file OUT.
     """
     pyplot = import_pyplot()
-    logs = [log for name in config.plot for log in sorted({*Path(name).glob("metrics.jsonl"), *Path(name).glob("*/metrics.jsonl")})]
+    logs = [log for name in map(Path, config.plot)
+            for log in sorted({*name.glob("metrics.jsonl"), *name.glob("*/metrics.jsonl")})]
     variants, bins = defaultdict(list), 25
     for log in logs:
         steps = [json.loads(line) for line in log.read_text().splitlines()]
@@ -1926,9 +1931,9 @@ def plot(config) -> dict:
             variants[re.sub(r"(-\d+)+$", "", log.parent.name)].append(steps)
     if not variants:
         fail(f"no metrics.jsonl with steps in {', '.join(config.plot)}")
-    names = {"reward": "reward", "eff_rate": "Eff-Rate", "entropy": "token entropy (nats)", "pass@k": "pass@k (of the rollouts)",
-             "distinct_correct": "different correct responses", "length": "tokens a response", "cov": "Cov(η₁, η₂)",
-             "ib_score": "IB-Score"}
+    names = {"reward": "reward", "eff_rate": "Eff-Rate", "entropy": "token entropy (nats)",
+             "pass@k": "pass@k (of the rollouts)", "distinct_correct": "different correct responses",
+             "length": "tokens a response", "cov": "Cov(η₁, η₂)", "ib_score": "IB-Score"}
     names = {k: v for k, v in names.items() if any(k in runs[0][0] for runs in variants.values())}
     longest = max(sum(s["tokens_sampled"] for s in run) for runs in variants.values() for run in runs)
     pyplot.rcParams.update({f"{part}.color": "#808080" for part in ("text", "xtick", "ytick")} | {  # legible on light and dark
@@ -1959,7 +1964,8 @@ def plot(config) -> dict:
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     path = Path(config.out or "runs/curves.svg")
-    save_atomically(path, lambda temporary: figure.savefig(temporary, format="svg", transparent=True, metadata={"Date": None}))
+    save_atomically(path, lambda temporary: figure.savefig(temporary, format="svg", transparent=True,
+                                                           metadata={"Date": None}))
     pyplot.close(figure)
     print(f"{sum(map(len, variants.values()))} runs of {', '.join(variants)} in {path}")
     return {variant: len(runs) for variant, runs in variants.items()}
@@ -1979,9 +1985,11 @@ def shaded(pieces: list[str], heat: list[float], indent: int) -> str:
     lines = []
     for row in rows:
         if color:
-            lines.append("".join(f"\033[30;48;5;{(231, 230, 223, 216, 209, 202)[round(5 * h)]}m{c}" for c, h, _ in row) + "\033[0m")
+            colors = 231, 230, 223, 216, 209, 202
+            lines.append("".join(f"\033[30;48;5;{colors[round(5 * h)]}m{c}" for c, h, _ in row) + "\033[0m")
         else:
-            lines += ["".join(c for c, _, _ in row), "".join(" ▁▂▃▄▅▆▇█"[round(8 * h)] * width for _, h, width in row).rstrip()]
+            bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * h)] * width for _, h, width in row)
+            lines += ["".join(c for c, _, _ in row), bars.rstrip()]
     return "\n".join(" " * indent + line for line in lines if line)
 
 
@@ -2086,7 +2094,8 @@ def head_scores(features: torch.Tensor, difficulty: torch.Tensor, shuffles: int 
     n, generator = len(difficulty) // 2, torch.Generator().manual_seed(0)
     orders = [torch.arange(len(difficulty))] + [torch.randperm(len(difficulty), generator=generator) for _ in range(shuffles)]
     y = torch.stack([difficulty.double()[order] for order in orders], 1)  # [P, 1 + shuffles]
-    scores = torch.stack([spearman(ridge_probe(x[:n], y[:n], x[n:]), y[n:]) for x in features.double().flatten(1, 2).unbind(1)])
+    scores = torch.stack([spearman(ridge_probe(x[:n], y[:n], x[n:]), y[n:])
+                          for x in features.double().flatten(1, 2).unbind(1)])
     chance = scores[:, 1:].max(0).values.quantile(0.95).item() if shuffles else 0.0
     return scores[:, 0].view(features.shape[1:3]), chance
 
@@ -2105,13 +2114,14 @@ def probe_heads(config) -> dict:
     responses = rollout(model, tokenizer, problems, config.eval_samples, config)
     judge(responses, problems)
     difficulty = 1 - torch.tensor([t.reward for t in responses]).view(len(problems), -1).mean(1)
-    scores, chance = head_scores(head_features(model, [encode_prompt(tokenizer, q, config) for q, _ in problems], config), difficulty)
-    top = sorted(((scores[i, j].item(), i, j) for i in range(scores.shape[0]) for j in range(scores.shape[1])), reverse=True)[:10]
-    print(f"{len(problems)} problems, mean difficulty {difficulty.mean():.2f} ± {difficulty.std():.2f}; Spearman correlation of a "
-          f"head's probe\nwith it on the second half; the best of all heads reaches {chance:.2f} by chance (5 %)\n\nlayer")
+    prompts = [encode_prompt(tokenizer, q, config) for q, _ in problems]
+    scores, chance = head_scores(head_features(model, prompts, config), difficulty)
+    top = sorted(((s, i, j) for i, row in enumerate(scores.tolist()) for j, s in enumerate(row)), reverse=True)[:10]
+    print(f"{len(problems)} problems, mean difficulty {difficulty.mean():.2f} ± {difficulty.std():.2f}; Spearman correlation "
+          f"of a head's probe\nwith it on the second half; the best of all heads reaches {chance:.2f} by chance (5 %)\n\nlayer")
     for i, row in enumerate(scores):
-        print(f"{i:5}  " + "".join(" ░▒▓█"[min(4, max(0, round(4 * (s / scores.max().clamp(min=1e-9)).item())))] * 2 for s in row)
-              + "  " + " ".join(f"{s:+.2f}" for s in row[:12]))
+        shades = (4 * row / scores.max().clamp(min=1e-9)).round().int().clamp(0, 4).tolist()
+        print(f"{i:5}  " + "".join(" ░▒▓█"[s] * 2 for s in shades) + "  " + " ".join(f"{s:+.2f}" for s in row[:12]))
     print("\nbest: " + ", ".join(f"layer {i} head {j} {s:+.2f}{'' if s > chance else ' (chance)'}" for s, i, j in top[:5]))
     report = {"scores": scores.tolist(), "chance": chance, "top": [{"score": s, "layer": i, "head": j} for s, i, j in top],
               "difficulty": difficulty.tolist()}
@@ -2119,7 +2129,8 @@ def probe_heads(config) -> dict:
     save_atomically(path, lambda temporary: temporary.write_text(json.dumps(report) + "\n"))
     for folder in map(Path, config.plot):
         figure, axis = pyplot.subplots(figsize=(1.5 + 0.35 * scores.shape[1], 1.2 + 0.35 * scores.shape[0]))
-        figure.colorbar(axis.imshow(scores.tolist(), vmin=0, cmap="magma", aspect="auto"), label=f"Spearman; chance {chance:.2f}")
+        image = axis.imshow(scores.tolist(), vmin=0, cmap="magma", aspect="auto")
+        figure.colorbar(image, label=f"Spearman; chance {chance:.2f}")
         axis.set(xlabel="head", ylabel="layer", xticks=range(scores.shape[1]), yticks=range(scores.shape[0]))
         save_atomically(folder / "heads.svg", lambda temporary: figure.savefig(temporary, format="svg", bbox_inches="tight"))
         pyplot.close(figure)
