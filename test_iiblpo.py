@@ -1774,8 +1774,8 @@ def median(f, runs=15):
 
 
 @pytest.mark.benchmark
-@pytest.mark.parametrize("operands, limit, least", [((4, 7), 48, 1.5), ((3, 5), 36, 1 / 0.9)])
-def test_steps_against_trl(tmp_path, monkeypatch, operands, limit, least):
+@pytest.mark.parametrize("operands, limit, least, trees", [((4, 7), 48, 1.5, 1.8), ((3, 5), 36, 1 / 0.9, 1.5)])
+def test_steps_against_trl(tmp_path, monkeypatch, operands, limit, least, trees):
     """From the same weights, taking turns: a step of TRL's GRPOTrainer (24 prompts x 16 responses, loss_type dapo, beta 0, one
     batch of 384), of our GRPO on as many, and of IB-TPO on 48 trees of 12, grown in nine rounds and in three."""
     trl = pytest.importorskip("trl", reason="TRL is not installed here (pip install trl)")
@@ -1822,7 +1822,7 @@ def test_steps_against_trl(tmp_path, monkeypatch, operands, limit, least):
         step, rollout = (sorted(x)[7] for x in zip(*times[2:]))
         rate[name] = (576 if name.startswith("IB") else 384) / step
         print(f"{name}: {step:.2f} s, of which {rollout:.2f} s sample; {rate[name] / rate['TRL']:.2f} x TRL's trained trajectories a second")
-    assert rate["GRPO"] >= least * rate["TRL"] and rate["IB-TPO (4, 3, 4, 1)"] >= 1.8 * rate["TRL"]
+    assert rate["GRPO"] >= least * rate["TRL"] and rate["IB-TPO (4, 3, 4, 1)"] >= trees * rate["TRL"]
 
 
 MEMORY = """
