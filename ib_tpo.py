@@ -1725,8 +1725,8 @@ def plot(config) -> dict:
     sampled, mean and range over runs whose names differ in the seed only, as an SVG file OUT.
     """
     pyplot = import_pyplot()
-    logs = [log for name in map(Path, config.plot)
-            for log in sorted({*name.glob("metrics.jsonl"), *name.glob("*/metrics.jsonl")})]
+    logs = [log for folder in map(Path, config.plot)
+            for log in sorted({*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")})]
     variants, bins = defaultdict(list), 25
     for log in logs:
         steps = [json.loads(line) for line in log.read_text().splitlines()]

@@ -1774,8 +1774,8 @@ def median(f, runs=15):
 
 
 @pytest.mark.benchmark
-@pytest.mark.parametrize("operands, limit, least, trees", [((4, 7), 48, 1.5, 1.8), ((3, 5), 36, 1 / 0.9, 1.5)])
-def test_steps_against_trl(tmp_path, monkeypatch, operands, limit, least, trees):
+@pytest.mark.parametrize("operands, limit, least", [((4, 7), 48, 1.5), ((3, 5), 36, 1 / 0.9)])
+def test_steps_against_trl(tmp_path, monkeypatch, operands, limit, least):
     """From the same weights, taking turns: a step of TRL's GRPOTrainer (24 prompts x 16 responses, loss_type dapo, beta 0, one
     batch of 384), of our GRPO on as many, and of IB-TPO on 48 trees of 12, grown in nine rounds and in three."""
     trl = pytest.importorskip("trl", reason="TRL is not installed here (pip install trl)")
@@ -1822,7 +1822,7 @@ def test_steps_against_trl(tmp_path, monkeypatch, operands, limit, least, trees)
         step, rollout = (sorted(x)[7] for x in zip(*times[2:]))
         rate[name] = (576 if name.startswith("IB") else 384) / step
         print(f"{name}: {step:.2f} s, of which {rollout:.2f} s sample; {rate[name] / rate['TRL']:.2f} x TRL's trained trajectories a second")
-    assert rate["GRPO"] >= least * rate["TRL"] and rate["IB-TPO (4, 3, 4, 1)"] >= trees * rate["TRL"]
+    assert rate["GRPO"] >= least * rate["TRL"] and rate["IB-TPO (4, 3, 4, 1)"] >= 1.8 * rate["TRL"]
 
 
 MEMORY = """
@@ -1916,25 +1916,18 @@ def test_signal_of_a_step(monkeypatch):
     m.train_cvae(cvae, model, m.cvae_pairs(model, tokenizer, problems, config(), random.Random(0)), config())
     psa = m.PseudoSelfAttention(model, config())
 
-    class Catch:
-        def step(self):
-            self.gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-
-        def zero_grad(self):
-            model.zero_grad()
-
     def branches(*flags):
-        c, caught = config("--max_grad_norm", 1e9, *flags), Catch()
+        c, grab = config("--max_grad_norm", 1e9, *flags), Grab(model)
         parts = (None, None) if "random" in flags or "grpo" in flags else (psa, cvae)
         batch, metrics = m.collect(model, tokenizer, *parts, problems, c, rng)
-        m.update(model, caught, batch, c, None, parts[0])
-        return caught.gradient, metrics["tokens_sampled"]
+        m.update(model, grab, batch, c, None, parts[0])
+        return grab.grads[0], metrics["tokens_sampled"]
 
     def trees(*flags):
-        c, caught = tree_config("--max_grad_norm", 1e9, *flags), Catch()
+        c, grab = tree_config("--max_grad_norm", 1e9, *flags), Grab(model)
         roots, trajectories = tpo.grow(model, tokenizer, rng.sample(problems, 48), c, rng)
-        tpo.update_on_trees(model, caught, roots, c)
-        return caught.gradient, sum(len(t.response) - t.start for t in trajectories)
+        tpo.update_on_trees(model, grab, roots, c)
+        return grab.grads[0], sum(len(t.response) - t.start for t in trajectories)
 
     rng = random.Random(1)
     with monkeypatch.context() as patch:
