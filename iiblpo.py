@@ -2,2154 +2,1368 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.13", "transformers>=5.23", "datasets", "sympy", "tqdm"]
 # ///
-"""I²B-LPO: Latent Policy Optimization via Iterative Information Bottleneck (arXiv 2601.05870), in one file.
+"""I²B-LPO: Latent Policy Optimization via Iterative Information Bottleneck (arXiv 2601.05870).
 
-    python iiblpo.py                                         # a tiny policy on a laptop: warm start, RL, before/after
-    python iiblpo.py --method dapo --seed 1 --max_steps 50   # any field of `Config` is a flag
-    python iiblpo.py --model Qwen2.5-0.5B --dataset gsm8k    # the same code on a real model and one GPU
+    python iiblpo.py                                         # a tiny policy, on a laptop
+    python iiblpo.py --method grpo                           # a baseline; every setting is a flag
+    python iiblpo.py --model Qwen2.5-0.5B --dataset gsm8k    # a real model, on one GPU
 
-Marks in the comments: [P] the paper, [C] the authors' released code, [O] our own choice.
-Shapes: B batch, T response tokens, S prompt and response tokens, V vocabulary, H hidden width. Entropies are in nats.
+Left out: vLLM, sharding, rewards other than right or wrong. Unlike in the released code,
+latents learn through the policy that they steer, and pseudo self-attention is the paper's.
+
+Marks: [P] the paper, [C] the released code, [O] our own choice. Shapes: B rows, T response tokens,
+V vocabulary, H width, Z latent dimensions. Entropies and log-probabilities are in nats.
 """
 from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import functools
-import hashlib
 import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
-import unicodedata
 import zlib
-from collections import Counter, defaultdict, deque
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import datasets
 import sympy
 import torch
+import transformers
 import yaml
-from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache, GenerationConfig,
-                          LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria)
-from transformers.cache_utils import DynamicLayer
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import logging
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration. The defaults are for a real model; tiny_config.yaml holds what the tiny task does differently.
-# ---------------------------------------------------------------------------------------------------------------------
+
+def setting(default, help):
+    """A field of Config: its default and what it does."""
+    if isinstance(default, list):
+        return HfArg(default_factory=default.copy, help=help)
+    return HfArg(default=default, help=help)
 
 
 @dataclass
 class Config:
-    """All settings: each field is a flag and a line of a YAML file; its help says what it does."""
+    """All settings: a flag each, and a line of a YAML file. The defaults are for a real model."""
     # the run
-    model: str = HfArg(default="tiny", help="hub name, short name (Qwen2.5-0.5B) or local folder; tiny: the tiny policy")
-    config: Optional[str] = HfArg(default=None, help="YAML file of these fields; flags win (tiny: tiny_config.yaml)")
-    method: Literal["iiblpo", "grpo", "dapo", "entropy_reg"] = HfArg(default="iiblpo", help="the method, or a baseline")
-    max_steps: int = HfArg(default=200, help="RL steps, one batch of prompts each")
-    max_tokens: int = HfArg(default=0, help="stop when this many tokens have been sampled; 0: never")
-    seed: int = HfArg(default=0, help="of problems, sampling and training; the warm start is the same for every seed")
-    out: Optional[str] = HfArg(default=None, help="output folder (default: the next free runs/METHOD-SEED-N)")
-    resume: bool = HfArg(default=False, help="go on from OUT/state.pt")
-    save_every: int = HfArg(default=50, help="steps between checkpoints")
-    compare: str = HfArg(default="", help="compare: variants METHOD[+field=value...], comma-separated; trains all of them")
-    seeds: int = HfArg(default=4, help="compare: seeds of each variant")
-    show: bool = HfArg(default=False, help="do not train: print how the policy of OUT, or the warm start, explores a problem")
-    probe_heads: bool = HfArg(default=False, help="do not train: which heads of OUT, or the warm start, tell difficulty")
-    plot: list[str] = field(default_factory=list, metadata={"help": "do not train: draw the runs in these folders, as SVG"})
-    jobs: int = HfArg(default=1, help="compare: runs at a time, each in a process with its share of the cores")
-    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: cuda where there is one")
+    model: str = setting("tiny", "hub name (Qwen2.5-0.5B), folder, or tiny")
+    method: Literal["iiblpo", "grpo", "dapo", "entropy_reg"] = setting("iiblpo", "or a baseline")
+    max_steps: int = setting(200, "training steps")
+    max_tokens: int = setting(0, "stop when so many tokens have been sampled; 0: never")
+    seed: int = setting(0, "of problems and sampling")
+    out: str = setting("", "the run's folder (runs/METHOD-SEED)")
+    resume: bool = setting(False, "go on from the run's last checkpoint")
+    save_every: int = setting(50, "steps between checkpoints")
+    show: bool = setting(False, "do not train: print how a problem is explored")
+    probe_heads: bool = setting(False, "do not train: which attention heads know difficulty")
     # problems
-    dataset: str = HfArg(default="gsm8k", help="gsm8k, math, chain (the tiny task), or a .jsonl, .json or .parquet file")
-    question_column: str = HfArg(default="question", help="of a local file")
-    answer_column: str = HfArg(default="answer", help="of a local file; a worked solution is cut to its final answer")
-    prompt: str = HfArg(default="{question}\nReason step by step and put your final answer within \\boxed{}.",
-                        help="what the policy is asked; {question} is replaced")
-    operands: list[int] = field(default_factory=lambda: [4, 7], metadata={"help": "chain: fewest and most digits"})
-    warm_steps: int = HfArg(default=1000, help="tiny policy: supervised steps before RL")
-    warm_batch: int = HfArg(default=128, help="tiny policy: demonstrations a warm-start step")
+    dataset: str = setting("gsm8k", "gsm8k, math, chain, or a .jsonl, .json or .parquet file")
+    prompt: str = setting("{question}\nReason step by step and put your final answer within "
+                          "\\boxed{}.", "what the policy is asked")
+    operands: list[int] = setting([4, 7], "chain: fewest and most digits")
+    habit: float = setting(0.75, "chain: share of demonstrated lines that go left to right")
+    warm_steps: int = setting(1000, "tiny: supervised steps before RL")
     # rollout
-    prompts_per_step: int = HfArg(default=16, help="prompts a step")
-    rollouts: int = HfArg(default=8, help="responses a prompt")
-    max_new_tokens: int = HfArg(default=1024, help="longest response")
-    generate_tokens: int = HfArg(default=131072, help="tokens (rows x longest) sampled in one generate call")
+    prompts_per_step: int = setting(16, "prompts a step")
+    rollouts: int = setting(8, "responses a prompt of the baselines, and everyone's budget")
+    max_new_tokens: int = setting(1024, "longest response")
+    generate_tokens: int = setting(131072, "rows x columns of one generate call")
     # stage 1: branching
-    initial: int = HfArg(default=2, help="M: rollouts a prompt before branching")
-    branches: int = HfArg(default=3, help="K: branches of each rollout")
-    branch_mode: Literal["psa", "random", "input", "softmax"] = HfArg(
-        default="psa", help="how the latent steers: pseudo self-attention, not at all, first input, before the logits")
-    top_frac: float = HfArg(default=0.05, help="rho: share of a response's tokens, by entropy, that may be branched at")
-    psa_layers: str = HfArg(default="4", help="how many of the last layers are steered, or all")
-    psa_gamma: float = HfArg(default=1.0, help="gamma: strength of the latent at the start")
-    psa_decay: Literal["linear", "cosine"] = HfArg(default="linear", help="how gamma goes to 0 ...")
-    psa_decay_steps: int = HfArg(default=200, help="... over this many steps; 0: it stays")
-    psa_halflife: float = HfArg(default=0.0, help="tokens in which the norm's modulation is halved; 0: it stays")
-    psa_lr: float = HfArg(default=0.5, help="learning rate of the latent's projections, in units of lr")
-    z_dim: int = HfArg(default=128, help="dimensions of the latent")
-    cvae_pairs: int = HfArg(default=512, help="responses that the latents' CVAE is trained on")
-    cvae_steps: int = HfArg(default=500, help="its training steps")
-    cvae_refresh: int = HfArg(default=0, help="train it again every so many RL steps, on correct rollouts; 0: frozen")
+    initial: int = setting(2, "M: rollouts a prompt before branching")
+    branches: int = setting(3, "K: branches of each rollout")
+    branch_mode: Literal["psa", "random"] = setting("psa", "random: same places, no latents")
+    top_frac: float = setting(0.05, "rho: share of tokens, by entropy, to branch at")
+    psa_layers: int = setting(4, "how many of the last layers see the latent; 0: all")
+    psa_gamma: float = setting(1.0, "gamma: strength of the latent at the start")
+    psa_decay_steps: int = setting(200, "steps in which gamma falls to 0; 0: it stays")
+    psa_halflife: float = setting(0.0, "tokens that halve the norm's modulation; 0: it stays")
+    z_dim: int = setting(128, "dimensions of the latent")
+    cvae_pairs: int = setting(512, "continuations that the latents learn from")
+    cvae_steps: int = setting(200, "training steps of the latents")
+    cvae_refresh: int = setting(0, "train them again every so many steps; 0: frozen")
     # stage 2: information bottleneck
-    keep: Optional[int] = HfArg(default=None, help="N: branches kept of a prompt (default: half; 0: all)")
-    beta: float = HfArg(default=1.0, help="beta: weight of the answer gain against the entropy in S_IB")
-    filter_scope: Literal["branches", "all"] = HfArg(default="branches", help="all: initial rollouts can be dropped, too")
-    baseline: Literal["candidates", "kept"] = HfArg(default="candidates", help="whose rewards the advantage is relative to")
-    credit: Literal["own", "family"] = HfArg(
-        default="family", help="advantage of the tokens before a branch point: their own response's, or the family's sum")
-    reweight: bool = HfArg(default=True, help="each kept response stands for the dropped ones with its reward, too")
-    ib_rounds: int = HfArg(default=1, help="times stage 1 and 2 are gone through, from the survivors")
-    kappa: float = HfArg(default=0.005, help="weight of the IB self-reward in the loss")
-    ib_reward: float = HfArg(default=0.0, help="alpha: weight of the z-scored S_IB in the reward")
-    answer_cue: str = HfArg(default="\\boxed{", help="what a final answer is announced by")
+    keep: int = setting(3, "N: branches kept of a prompt; 0: all")
+    beta: float = setting(1.0, "beta: weight of the answer gain in S_IB")
+    ib_rounds: int = setting(1, "times that stages 1 and 2 are gone through")
+    kappa: float = setting(0.005, "kappa: weight of the IB self-reward")
     # update
-    lr: float = HfArg(default=1e-6, help="AdamW learning rate")
-    lr_warmup: int = HfArg(default=5, help="steps of linear learning-rate warm-up")
-    updates_per_step: int = HfArg(default=1, help="optimizer steps a batch; above 1 the clip below comes into play")
-    clip_low: float = HfArg(default=0.2, help="the ratio is clipped to [1 - clip_low, 1 + clip_high]")
-    clip_high: Optional[float] = HfArg(default=None, help="default: 0.28 for dapo (clip-higher), else clip_low")
-    loss_mean: Literal["token", "sequence"] = HfArg(default="token", help="mean over all tokens (DAPO), or per response")
-    kl: float = HfArg(default=0.0, help="weight of the k3 KL to the frozen starting policy")
-    entropy_bonus: Optional[float] = HfArg(default=None, help="default: 0.003 for entropy_reg, else 0")
-    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
-    micro_tokens: int = HfArg(default=4096, help="tokens (rows x longest) in one forward and backward pass")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    lr: float = setting(1e-6, "AdamW's learning rate")
+    lr_warmup: int = setting(5, "steps of linear learning-rate warm-up")
+    updates_per_step: int = setting(1, "optimizer steps a batch")
+    clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
+    clip_high: float = setting(0.2, "... 1 + clip_high]; dapo: at least 0.28")
+    entropy_bonus: float = setting(0.003, "entropy_reg: weight of the entropy")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    micro_tokens: int = setting(4096, "rows x columns of one training pass")
     # evaluation
-    eval_prompts: int = HfArg(default=256, help="held-out problems")
-    eval_samples: int = HfArg(default=16, help="responses a problem: the n of avg@n, the k of pass@k and maj@k")
-
-    def __post_init__(self):
-        """Fill the defaults that depend on the method, and refuse settings that contradict each other."""
-        if self.clip_high is None:
-            self.clip_high = 0.28 if self.method == "dapo" else self.clip_low
-        if self.entropy_bonus is None:
-            self.entropy_bonus = 0.003 if self.method == "entropy_reg" else 0.0
-        for name in ("max_steps", "save_every", "prompts_per_step", "rollouts", "max_new_tokens", "generate_tokens",
-                     "updates_per_step", "micro_tokens", "eval_prompts", "eval_samples", "seeds", "jobs", "warm_steps",
-                     "warm_batch", "initial", "branches", "ib_rounds", "z_dim", "cvae_steps"):
-            if getattr(self, name) < 1:
-                fail(f"{name} must be at least 1, not {getattr(self, name)}")
-        if 0 < self.max_tokens < self.max_new_tokens:
-            fail(f"max_tokens ({self.max_tokens}) must hold a response of max_new_tokens ({self.max_new_tokens})")
-        if len(self.operands) != 2 or not 2 <= self.operands[0] <= self.operands[1]:
-            fail(f"operands must be two numbers, 2 <= fewest <= most, not {self.operands}")
-        candidates = self.initial * (self.branches + (self.filter_scope == "all"))
-        self.keep = math.ceil(candidates / 2) if self.keep is None else self.keep or candidates
-        if not 1 <= self.keep <= candidates:
-            fail(f"keep must be from 1 to the {candidates} candidates of a prompt, not {self.keep}")
-        if self.method == "iiblpo" and self.initial >= self.rollouts:
-            fail(f"initial ({self.initial}) must be below rollouts ({self.rollouts}), the budget it shares with branches")
-        if not 0 < self.top_frac <= 1:
-            fail(f"top_frac must be above 0 and at most 1, not {self.top_frac}")
-        if self.psa_layers != "all" and not (self.psa_layers.isdigit() and int(self.psa_layers)):
-            fail(f"psa_layers must be a number or all, not {self.psa_layers}")
-        if self.prompts_per_step < WORLD:
-            fail(f"prompts_per_step ({self.prompts_per_step}) must be at least the number of processes ({WORLD})")
-        if "{question}" not in self.prompt:
-            fail("prompt must contain {question}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            fail("device is cuda, but torch sees no CUDA GPU; use --device cpu")
-
-
-def fail(message: str):
-    """End the program with one clear line on stderr and exit code 2: for mistakes that the user can mend."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def reachable(name: str, kind: str) -> bool:
-    """Whether the hub answers for a "model" or "dataset". If not, only what is cached is loaded: with no network, or
-    HF_HUB_OFFLINE=1, or a wrong name, that fails at once instead of after minutes of retries.
-    """
-    try:
-        return not Path(name).exists() and bool(HfApi().repo_info(name, repo_type=kind, timeout=10))
-    except Exception:
-        return False
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message, or its name, in one short line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def parse_config(cls: type, script: str, argv: list[str]):
-    """A `cls` from flags, over a YAML file, over the dataclass's defaults; fails with one line on what it cannot read.
-
-    The file's sections `common` and `script` hold the fields; a flat file works too. Its values are turned into flags for
-    the same parser, so that a mistake reads the same in both.
-    """
-    parser, names = HfArgumentParser(cls, allow_abbrev=False), [f.name for f in fields(cls)]
-    parser.description, parser.error = (sys.modules[cls.__module__].__doc__ or "").splitlines()[0], fail
-
-    def unknown(key):
-        near = difflib.get_close_matches(key.strip("-").split("=")[0], names, 1, 0)[0]
-        fail(f"unknown setting {key}; did you mean {near}?")
-
-    given, _ = parser.parse_known_args(argv)
-    path, flags = given.config or (Path(__file__).with_name("tiny_config.yaml") if given.model == "tiny" else None), []
-    if path:
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-            values = {k: v for k, v in content.items() if k not in ("common", "iiblpo", "ib_tpo")}
-            values |= (content.get("common") or {}) | (content.get(script) or {})
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as e:
-            fail(f"cannot read the configuration {path} (sections of `name: value` lines): {one_line(e)}")
-        for key, value in values.items():
-            if key not in names:
-                unknown(str(key))
-            if value is not None:
-                flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    config, rest = parser.parse_args_into_dataclasses(flags + argv, return_remaining_strings=True)
-    if rest:
-        unknown(rest[0])
-    return config
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes: under `torchrun` each explores its share of a step's prompts; gradients are summed, each token weighted
-# as in one process. The first process makes what is made once, logs and saves. Alone, all of this does nothing.
-# ---------------------------------------------------------------------------------------------------------------------
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def start_processes(config) -> None:
-    """Join the processes that torchrun started; the others than the first print nothing but errors."""
-    if WORLD > 1 and not torch.distributed.is_initialized():
-        cuda = config.device != "cpu" and torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-
-
-def first_then_others(make):
-    """make() in the first process, then in the others, who find what it made (a warm start, a download)."""
-    result = make() if RANK == 0 else None
-    if WORLD > 1:
-        torch.distributed.barrier()
-    return result if RANK == 0 else make()
-
-
-def from_first(value):
-    """The first process's value (anything that pickles)."""
-    values = [value]
-    if WORLD > 1:
-        torch.distributed.broadcast_object_list(values, 0)
-    return values[0]
-
-
-def over_processes(metrics: dict, summed: tuple = ()) -> dict:
-    """Metrics of all processes as one: those in `summed` are added up, the others averaged over who has them."""
-    everyone = [metrics] * WORLD
-    if WORLD > 1:
-        torch.distributed.all_gather_object(everyone, metrics)
-    found = {key: [m[key] for m in everyone if key in m] for m in everyone for key in m}
-    return metrics if WORLD == 1 else {k: sum(v) / (1 if k in summed else len(v)) for k, v in found.items()}
-
-
-def sum_gradients(*modules) -> None:
-    """Add up the gradients of all processes, so that each takes the same optimizer step."""
-    for p in (p for module in modules if WORLD > 1 for p in module.parameters()):
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.distributed.all_reduce(p.grad)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Problems: the tiny task, and real data sets.
-# ---------------------------------------------------------------------------------------------------------------------
-# Chain arithmetic modulo 10. The prompt is "3+4*2=\n"; a response rewrites the expression one reduction a line and ends
-# with the answer: "3+8\n1\n#1". The demonstrations' arithmetic is right, but their order is random, precedence ignored:
-# a warm-started policy knows the arithmetic, and its uncertain tokens are the forks "which operator now?". Most problems
-# have several right orders and many wrong ones; only the reward tells them apart.
-
-DIGIT = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: (a * b) % 10}
-
-
-def reduce_at(terms: list, i: int) -> list:
-    """Replace the operator at index i and its two digits by their result: ([3, "+", 4, "*", 2], 3) -> [3, "+", 8]."""
-    return terms[:i - 1] + [DIGIT[terms[i]](terms[i - 1], terms[i + 1])] + terms[i + 2:]
-
-
-def parse_chain(question: str) -> list:
-    """"3+4*2=" -> [3, "+", 4, "*", 2]."""
-    return [int(c) if c.isdigit() else c for c in question.rstrip("=\n")]
-
-
-def chain_value(question: str) -> int:
-    """The value by ordinary precedence, modulo 10: "3+4*2=" -> 1."""
-    terms = parse_chain(question)
-    while len(terms) > 1:
-        terms = reduce_at(terms, terms.index("*") if "*" in terms else 1)
-    return terms[0]
-
-
-def demonstration(question: str, rng: random.Random) -> str:
-    """A response whose every line reduces a randomly chosen operator: "3+4*2=" -> "7*2\\n4\\n#4" or "3+8\\n1\\n#1"."""
-    terms, lines = parse_chain(question), []
-    while len(terms) > 1:
-        terms = reduce_at(terms, 2 * rng.randrange(len(terms) // 2) + 1)
-        lines.append("".join(map(str, terms)))
-    return "\n".join(lines) + f"\n#{terms[0]}"
-
-
-def is_heldout(question: str) -> bool:
-    """One expression in sixteen, by its checksum, belongs to the evaluation and is met nowhere else."""
-    return zlib.crc32(question.encode()) % 16 == 0
-
-
-def chain_questions(rng: random.Random, operands: list[int], heldout: bool, n: int) -> list[str]:
-    """n different questions of one side of the held-out split, the number of digits uniform in `operands`."""
-    found = {}
-    while len(found) < n:
-        count = rng.randint(*operands)
-        text = str(rng.randrange(10)) + "".join(rng.choice("+-*") + str(rng.randrange(10)) for _ in range(count - 1)) + "="
-        if is_heldout(text) == heldout:
-            found[text] = None
-    return list(found)
-
-
-DATASETS = {  # name: hub path, subset, splits, columns
-    "gsm8k": ("openai/gsm8k", "main", ["train", "test"], ("question", "answer")),
-    "math": ("DigitalLearningGmbH/MATH-lighteval", None, ["train", "test"], ("problem", "solution"))}
-
-
-def load_problems(config) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """The problems to train on and the `eval_prompts` held-out ones, as (question, gold answer) pairs.
-
-    A local file has no test split: its last rows (never more than half) are held out. No question stands on both sides.
-    Fails with one line where the data cannot be loaded, lacks a column, is empty, or has a row without an answer.
-    """
-    name, n = config.dataset, config.eval_prompts
-    if name == "chain":  # the same held-out problems for every seed
-        sides = (chain_questions(random.Random(config.seed), config.operands, False, 4096),
-                 chain_questions(random.Random(2 ** 31), config.operands, True, n))
-        return tuple([(q, str(chain_value(q))) for q in side] for side in sides)
-    local = Path(name).suffix in (".jsonl", ".json", ".parquet")
-    if not local and name not in DATASETS:
-        fail(f"unknown dataset {name}; did you mean {difflib.get_close_matches(name, [*DATASETS, 'chain'], 1, 0)[0]}? "
-             "(gsm8k, math, chain, or a .jsonl, .json or .parquet file)")
-    if local and not Path(name).is_file():
-        fail(f"no such file: {name}")
-    path, subset, splits, columns = ("parquet" if name.endswith("parquet") else "json", None, ["train"], (
-        config.question_column, config.answer_column)) if local else DATASETS[name]
-    try:
-        datasets.config.HF_HUB_OFFLINE |= not local and not reachable(path, "dataset")
-        sides = [datasets.load_dataset(path, subset, split=s, data_files=name if local else None) for s in splits]
-    except Exception as e:  # whatever a hub, a network or a parser raises, the user gets one line
-        fail(f"cannot load the dataset {name}: {one_line(e)}")
-    sides = [read_rows(side, *columns, name) for side in sides]
-    n = min(n, len(sides[0]) // 2) if local else n
-    train, heldout = (sides[0][:-n], sides[0][-n:]) if local else (sides[0], sides[1][:n])
-    taken = {q for q, _ in heldout}
-    train = [row for row in train if row[0] not in taken]
-    if not train or not heldout:
-        fail(f"the dataset {name} has too few different problems to train on and to hold out")
-    return train, heldout
-
-
-def read_rows(rows, question: str, answer: str, name: str) -> list[tuple[str, str]]:
-    """(question, final answer) pairs of a `datasets` table, each once; fails where a column or an answer is missing."""
-    for column in (question, answer):
-        if column not in rows.column_names:
-            fail(f"{name} has no column {column!r}, only {', '.join(rows.column_names)}; see --question_column and "
-                 "--answer_column")
-    pairs = {}
-    for i, (q, a) in enumerate(zip(rows[question], rows[answer])):
-        q, a = ("" if x is None else str(x).strip() for x in (q, a))
-        if not q or not a:
-            fail(f"{name}: row {i + 1} has no {answer if q else question}")
-        gold = extract_answer(a) or a
-        if len(gold) > 300:
-            fail(f"{name}: row {i + 1} has {len(gold)} characters as its answer, and no \\boxed{{...}} or #### in them: "
-                 "nothing could be graded by it")
-        pairs.setdefault(q, gold)
-    return list(pairs.items())
-
-
-def encode_prompt(tokenizer, question: str, config) -> list[int]:
-    """The prompt's token ids: the `prompt` template, inside the tokenizer's chat template where it has one."""
-    text = config.prompt.replace("{question}", question)
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False).input_ids
-    return tokenizer(text).input_ids
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Verifiable reward. A response is untrusted text: it is rewritten to plain arithmetic, parsed by `ast` without being
-# evaluated, and walked over a whitelist of nodes into sympy objects whose size is bounded. [O]
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def extract_answer(text: str) -> str | None:
-    """The last \\boxed{...} (braces may nest), else the last \\boxed 5, else what follows the last "####" or "#" on its line,
-    else None.
-
-    >>> extract_answer("so \\\\boxed{\\\\frac{1}{2}}."), extract_answer("3+8\\n1\\n#1"), extract_answer("no idea")
-    ('\\\\frac{1}{2}', '1', None)
-    """
-    text = text.replace("\\fbox", "\\boxed")
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth = 0
-        for i in range(start + 6, len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if depth == 0:
-                return text[start + 7:i].strip()
-    marked = re.findall(r"\\boxed\s+([^\s$.,]+)", text)
-    marked = marked or re.findall(r"####[^\S\n]*([^\s#].*)", text) or re.findall(r"#[^\S\n]*([^\s#].*)", text)
-    return marked[-1].strip() if marked else None
-
-
-SPELLINGS = [  # LaTeX and typography to plain text, in this order
-    (r"\\(?:left|right|displaystyle|[!,;: ]|quad)(?![A-Za-z])|\\[()\[\]]|\\?\$|~|\s+$|^\s+", " "),
-    (r"\\[dtc]frac", r"\\frac"), ("−|–", "-"), (r"×|·|\\times|\\cdot", "*"), (r"÷|\\div", "/"),
-    ("π|\\\\pi(?![A-Za-z])", " pi "), ("²", "^2"), ("³", "^3"),
-    (r"\\infty|∞", " oo "), (r"\^\s*\{?\s*\\circ\s*\}?|°", ""), (r"\\%", "%"), (r"√\s*(\d+)", r"\\sqrt{\1}"),
-    (r"(?<=[\d)}])\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?", ""),
-    (r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"), (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-    (r"(\d)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1 \2/\3"), (r"(?<![\d.])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"),
-    (r"^\s*[A-Za-z]\s*(?:=|\\in)(?!=)", ""), (r"(\d)\s+(?!pi|oo)[A-Za-z]{2,}[A-Za-z .^/23]*$", r"\1"), (r"\.\s*$", "")]
-
-
-def normalize(text: str) -> str:
-    """One spelling for what is written in many: "\\dfrac{1}{2}\\text{ cm}" -> "\\frac{1}{2}"."""
-    for pattern, replacement in SPELLINGS:
-        text = re.sub(pattern, replacement, text)
-    return " ".join(text.split())
-
-
-def to_arithmetic(text: str) -> str:
-    """Normalised LaTeX as a Python expression of numbers, one-letter names, pi, oo, sqrt and + - * / ** ( ).
-
-    Raises ValueError for anything else, words among it ("listen" must not equal "silent").
-    """
-    if re.fullmatch(r"[-+(]*\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
-    for _ in range(20):  # innermost braces first
-        before = text
-        text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
-        text = re.sub(r"\\sqrt\s*\[(\d)\]\s*\{([^{}]*)\}", r"((\2)^(1/\1))", text)
-        text = re.sub(r"\\sqrt\s*\{([^{}]*)\}", r"(sqrt(\1))", text)
-        text = re.sub(r"\^\s*\{([^{}]*)\}", r"^(\1)", text)
-        if text == before:
-            break
-    if re.search("[A-Za-z]{3}|[^-+*/^().0-9A-Za-z ]", text.replace("sqrt", " ")):
-        raise ValueError(text)
-    out = []
-    for token in re.findall(r"\d+(?:\.\d*)?|\.\d+|sqrt|pi|oo|[A-Za-z]|\*\*|[-+*/^().]", text):
-        if out and out[-1] not in "+ - * / ** ( sqrt".split() and token not in "+ - * / ^ ** )".split():
-            out.append("*")  # 2x, 3(x+1), 2 pi: an operator is implied
-        if token[0].isdigit() or token[0] == ".":  # decimals as exact fractions
-            whole, _, decimals = token.partition(".")
-            token = f"({int(whole + decimals or 0)}/{10 ** len(decimals)})" if decimals else str(int(whole or 0))
-        out.append("**" if token == "^" else token)
-    return "".join(out)
-
-
-def to_sympy(node: ast.AST):
-    """Walk a parsed expression into sympy objects; raises ValueError outside the whitelist and its bounds."""
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return sympy.Integer(node.value)
-    if isinstance(node, ast.Name):
-        return sympy.pi if node.id == "pi" else sympy.Symbol(node.id)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        value = to_sympy(node.operand)
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "sqrt" and len(node.args) == 1:
-        return power(to_sympy(node.args[0]), sympy.Rational(1, 2))
-    if isinstance(node, ast.BinOp):
-        a, b = to_sympy(node.left), to_sympy(node.right)
-        if isinstance(node.op, (ast.Add, ast.Sub, ast.Mult)):
-            return a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b
-        if isinstance(node.op, ast.Div) and b != 0:
-            return a / b
-        if isinstance(node.op, ast.Pow):
-            return power(a, b)
-    raise ValueError(type(node).__name__)
-
-
-def power(base, exponent):
-    """base ** exponent where the result stays small: no tower of powers, no exponent or number of digits above 200."""
-    if exponent.has(sympy.Pow) or base == 0 and not exponent.is_positive:
-        raise ValueError("exponent")
-    if exponent.is_number and (abs(exponent) > 200 or base.is_Rational
-                               and abs(exponent) * max(abs(base.p), base.q).bit_length() > 700):
-        raise ValueError("too large")
-    if exponent.is_Rational and exponent.q > 1 and (exponent.q > 100 or base.is_Rational and
-                                                    max(abs(base.p), base.q) > 10 ** 12):
-        raise ValueError("too large a root")  # sympy would factor it
-    return base ** exponent
-
-
-@functools.lru_cache(maxsize=4096)
-def parse_math(text: str):
-    """The sympy value of a normalised answer, or None where it has none within the bounds."""
-    if len(text) > 200 or text.count("(") + text.count("{") > 30 or re.search(r"\d{100}", text):
-        return None
-    try:
-        return to_sympy(ast.parse(to_arithmetic(text), mode="eval").body)
-    except (ValueError, SyntaxError, ArithmeticError, TypeError, AttributeError, RecursionError, MemoryError):
-        return None
-
-
-def same_value(a: str, b: str) -> bool:
-    """Equal as mathematical values, symbols being tried at three points (with 25 digits, chance equality is out)."""
-    x, y = parse_math(a), parse_math(b)
-    if x is None or y is None:
-        return False
-    if x.is_Rational and y.is_Rational:
-        return x == y
-    symbols = sorted(x.free_symbols | y.free_symbols, key=str)
-    for point in (1, 2, -3) if symbols else (1,):
-        at = {s: sympy.Float(f"{point}.37{i}3", 30) for i, s in enumerate(symbols, 1)}
-        p, q = (sympy.N(v.subs(at), 25, maxn=60) for v in (x, y))
-        if not (p.is_number and q.is_number and p.is_finite and q.is_finite and abs(p - q) <= abs(p + q) * 1e-18 + 1e-40):
-            return False
-    return True
-
-
-def split_list(text: str) -> tuple[str, list[str]]:
-    """Kind of bracket and top-level elements: "[1, (2,3))" -> ("[)", ["1", "(2,3)"]); no bracket: ("", [...])."""
-    text = text.replace("\\{", "⟨").replace("\\}", "⟩")
-    kind = text[0] + text[-1] if len(text) > 1 and text[0] in "([⟨" and text[-1] in ")]⟩" else ""
-    parts, depth, part = [], 0, ""
-    for c in text[1:-1] if kind else text:
-        depth += (c in "([{⟨") - (c in ")]}⟩")
-        if c == "," and depth == 0:
-            parts, part = parts + [part], ""
-        else:
-            part += c
-    return ("" if kind == "⟨⟩" else kind), [p.strip() for p in parts + [part]]
-
-
-@functools.lru_cache(maxsize=65536)
-def verify(answer: str | None, gold: str) -> bool:
-    """Whether an answer equals the gold one: as text after normalising, or as mathematics. Never raises.
-
-    Tuples and intervals are compared element by element, brackets included; sets and bare lists in any order. A percent
-    sign on one side only may mean the number or its hundredth ("20%" equals "20" and "0.2").
-    """
-    if answer is None or gold is None:
-        return False
-    if answer.strip() == gold.strip() or len(answer) > 300 or len(gold) > 300:
-        return answer.strip() == gold.strip()
-    try:
-        a, b = normalize(answer), normalize(gold)
-        if a.casefold() == b.casefold():
-            return True
-        if not a or not b or a.isdigit() and b.isdigit():
-            return bool(a) and bool(b) and a.isascii() and b.isascii() and int(a) == int(b)
-        if a.endswith("%") or b.endswith("%"):
-            x, y = a.rstrip("% "), b.rstrip("% ")
-            hundredth = (f"({x})/100", y) if a[-1] == "%" else (x, f"({y})/100")
-            return same_value(x, y) or a[-1] != b[-1] and same_value(*hundredth)
-        if same_value(a, b):
-            return True
-        (kind_a, left), (kind_b, right) = split_list(a), split_list(b)
-        if kind_a != kind_b or len(left) != len(right) or not 1 < len(left) <= 20:
-            return False
-        if kind_a:
-            return all(x == y or same_value(x, y) for x, y in zip(left, right))
-        for x in left:
-            right.remove(next(y for y in right if x == y or same_value(x, y)))
-        return True
-    except (StopIteration, ValueError, ArithmeticError, TypeError, AttributeError, RecursionError, NotImplementedError):
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Policy: any Hugging Face causal language model; the tiny one is a Qwen2 of 0.64 M parameters, one token a character.
-# ---------------------------------------------------------------------------------------------------------------------
-
-ORGANISATIONS = {"qwen": "Qwen", "llama": "meta-llama", "smollm": "HuggingFaceTB", "olmo": "allenai", "gemma": "google"}
-
-
-def load_policy(config) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
-    """The policy in fp32 on its device, and its tokenizer, padding on the left.
-
-    Safetensors only, no remote code. The tiny policy is warm-started first, once: its folder is named by a hash of all
-    that it depends on. Fails with one line where the model cannot be loaded or has no end-of-sequence token.
-    """
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    name = first_then_others(lambda: warm_start(config, device)) if config.model == "tiny" else config.model
-    if not Path(name).exists() and "/" not in str(name):
-        organisation = ORGANISATIONS.get(re.match("[a-z]*", name.lower())[0])
-        name = f"{organisation}/{name}" if organisation else name
-    try:
-        offline = not reachable(name, "model")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
-                                                     trust_remote_code=False, local_files_only=offline)
-        # tokenizer.json as it is; AutoTokenizer may put the stock tokenizer of the model's family in its place
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, padding_side="left", local_files_only=offline)
-    except Exception as e:  # whatever a hub, a network or a file raises, the user gets one line
-        fail(f"cannot load the model {name}: {one_line(e)}")
-    eos = model.generation_config.eos_token_id or tokenizer.eos_token_id  # a list for many chat models
-    if eos is None:
-        fail(f"the tokenizer of {name} has no end-of-sequence token, so no response would ever end")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        fail(f"the tokenizer of {name} has more tokens ({len(tokenizer)}) than its model has embeddings")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = eos[0] if isinstance(eos, list) else eos
-    # A model's own defaults (top-k 20, top-p 0.8, ...) would bend the distribution that the log-probs are taken of.
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model = model.to(device).eval()
-    with torch.no_grad():  # what token_logps relies on
-        ids = torch.tensor([tokenizer("1+1").input_ids or [0]], device=device)
-        logits, states = model(ids).logits, model.base_model(ids).last_hidden_state
-        if not logits.isfinite().all():
-            fail(f"the weights of {name} give logits that are not finite")
-        if not logits.allclose(model.get_output_embeddings()(states), atol=1e-3):
-            fail(f"{name} ({type(model).__name__}) scales or caps its logits, which is not supported")
-    return model, tokenizer
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, as an ordinary fast tokenizer."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n#"])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
-
-
-def warm_start(config, device: str) -> Path:
-    """Folder of the tiny policy trained on demonstrations; made on the first call, found on later ones.
-
-    Muon [torch.optim] on the layers' matrices takes half the steps of AdamW here; batches hold examples of like length.
-    """
-    depends = [config.operands, config.warm_steps, config.warm_batch, config.prompt,
-               *map(inspect.getsource, (warm_start, tiny_tokenizer, chain_questions, demonstration, reduce_at, is_heldout))]
-    folder = Path("runs") / f"warm_start_{hashlib.sha256(repr(depends).encode()).hexdigest()[:12]}"
-    if folder.exists():
-        return folder
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        rng, tokenizer = random.Random(0), tiny_tokenizer()
-        model = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).to(device)
-        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-        others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-        optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
-                      torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
-        schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 50) * (1 - s / config.warm_steps))
-                     for o in optimizers]
-        pool = []
-        bar = tqdm(range(config.warm_steps), desc="warm start", unit="step", disable=None)
-        for _ in bar:
-            if not pool:
-                examples = [Trajectory(encode_prompt(tokenizer, q, config),
-                                       tokenizer(demonstration(q, rng)).input_ids + [tokenizer.eos_token_id])
-                            for q in chain_questions(rng, config.operands, False, 8 * config.warm_batch)]
-                pool = micro_batches(examples, size=config.warm_batch)
-                rng.shuffle(pool)
-            logp, _, mask = token_logps(model, pool.pop())
-            loss = -masked_mean(logp, mask)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for step in (*optimizers, *schedules):
-                step.step()
-            model.zero_grad()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-
-        def write(path):
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-
-        save_atomically(folder, write)
-    return folder
+    eval_prompts: int = setting(256, "held-out problems")
+    eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
+
+    def check(self) -> None:
+        """What the method implies, and what else must hold."""
+        if self.method == "dapo":
+            self.clip_high = max(0.28, self.clip_high)  # clip-higher
+        if self.rollouts <= (self.initial if self.method == "iiblpo" else 0):
+            fail("rollouts must be above 0, initial below rollouts: branches get the rest of them")
 
 
 @dataclass(eq=False)
 class Trajectory:
-    """One response, or the beginning of one to go on from. While it was sampled, ln π(o_t) and H_t were recorded."""
+    """A problem, with a response or the beginning of one."""
     prompt: list[int]
-    response: list[int] = field(default_factory=list)  # T token ids, the last one EOS unless cut at max_new_tokens
-    logps: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [T]
-    entropy: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [T]
-    start: int = 0  # t*: response[start:] are its own tokens, those before were sampled by its parent
-    z: torch.Tensor | None = None  # [Z], the latent that steers its own tokens (I²B-LPO)
-    memory: tuple | None = None  # (key/value cache, its row's last hidden states [tokens, H], its row, its first column)
-    group: int = 0  # which prompt of the batch
+    question: str = ""
+    gold: str = ""  # its right answer
+    group: int = 0  # which of the step's problems it is
+    response: list[int] = field(default_factory=list)  # T tokens, the last EOS unless cut
+    logps: torch.Tensor = torch.zeros(0)  # [T] ln π(o_t), noted while it was sampled
+    entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, likewise
+    start: int = 0  # t*: response[start:] are its own tokens, the others its parent's
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
-    advantage: float | torch.Tensor = 0.0  # or [T], where it differs from token to token
+    advantage: float = 0.0
+
+    def __len__(self):
+        return len(self.prompt) + len(self.response)
 
 
-def token_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """H_t = -Σ_v p_t(v) ln p_t(v) in nats, p_t the softmax of raw logits [..., V]; returns [...]. [P]"""
-    logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 · ln 0 = 0
-    return -(logp.exp() * logp).sum(-1)
+# ==== Stage 1: entropy-driven latent branching ====================================================
+#   H_t = -Σ_v p_t(v) ln p_t(v)                                           token entropy          [P]
+#   Ω = the top ρ of a response's positions by H_t,  t* ~ Uniform(Ω)      where it hesitates     [P]
+#   c = (q, o_<t*),  z_1 ... z_K ~ p_ψ(z | c)                             a latent a branch      [P]
+#   K' = [γ W_K z ; K],  V' = [γ W_V z ; V],  w' = w + γ W_N z            pseudo self-attention  [P]
+# o_t* itself is decided again: H_t* is the entropy of its choice [O]. The released code keeps it.
 
+def branch_positions(entropy, mask, top_frac, generator=None):
+    """t* of each response, [B], from the floor(ρ n) >= 1 positions of highest entropy [B, T].
 
-class Recorder(LogitsProcessor):
-    """Keeps ln π(o_t) and H_t, [B] a step, while `generate` samples: never [B, T, V], which at V = 151,936 is gigabytes.
-
-    At each call `generate` shows the raw logits of the next token; which token was drawn is seen one call later.
+    EOS is one of the n candidates, the first token is not [C]; without any, t* = 0.
     """
+    positions = torch.zeros(len(entropy), dtype=torch.long)
+    for row in range(len(entropy)):
+        candidates = mask[row].nonzero().squeeze(1)[1:]
+        if len(candidates) > 0:
+            size = max(1, int(top_frac * len(candidates) + 1e-9))
+            omega = candidates[entropy[row, candidates].topk(size).indices]
+            positions[row] = omega[torch.randint(size, (1,), generator=generator)]
+    return positions
 
-    def __init__(self):
-        self.logps, self.entropy, self.scores = [], [], None
-
-    def __call__(self, input_ids, scores):
-        self.draw(input_ids[:, -1])
-        parts = [(token_entropy(rows), rows.logsumexp(-1)) for rows in scores.split(max(1, 2 ** 20 // scores.shape[1]))]
-        entropy, self.normalizer = (torch.cat(x) for x in zip(*parts))
-        self.entropy.append(entropy)
-        self.scores = scores
-        return scores
-
-    def draw(self, tokens):
-        if self.scores is not None:
-            self.logps.append(self.scores.gather(1, tokens[:, None]).squeeze(1) - self.normalizer)
-
-    def finish(self, new):
-        """(logps, entropy), each [B, T] on the CPU, of the sampled tokens `new` [B, T]."""
-        T = new.shape[1]
-        if len(self.logps) < T:
-            self.draw(new[:, -1])
-        return (torch.stack(x[:T], 1).cpu() for x in (self.logps, self.entropy))
-
-
-def autocast(model):
-    """bf16 on CUDA over fp32 master weights; nothing on the CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else contextlib.nullcontext()
-
-
-def full_attention(model) -> bool:
-    """Whether every layer keeps the keys and values of all tokens: no sliding window, no recurrence. Only then can a cache
-    be moved to other rows and columns.
-    """
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-
-
-SMALL_BATCH = 16  # rows; fewer are never halved
-
-
-class HalfEnded(StoppingCriteria):
-    """Ends a `generate` call once half of its rows have ended: `sample` goes on with the others in a smaller batch. [O]
-
-    Below SMALL_BATCH rows, where a forward pass hardly depends on their number, it waits for all; so it does where
-    `movable` says that their cache cannot be taken along.
-    """
-
-    def __init__(self, width: int, room: torch.Tensor, stop: set[int], movable: bool):
-        self.width, self.room, self.stop = width, room, torch.tensor(sorted(stop), device=room.device)
-        self.enough = math.ceil(len(room) / 2) if movable and len(room) >= SMALL_BATCH else len(room)
-
-    def __call__(self, input_ids, scores, **kwargs):
-        new = input_ids[:, self.width:]
-        ended = torch.isin(new, self.stop).any(1) | (self.room <= new.shape[1])
-        return (ended.sum() >= self.enough).expand(len(ended))
-
-
-@torch.no_grad()
-def sample(model, tokenizer, starts: list[Trajectory], config, greedy=False, steer=None, keep=False) -> list[Trajectory]:
-    """Go on from each of `starts` (a bare prompt, or a prefix of a response) by HF `generate`, at temperature 1 without
-    truncation; returns the longer trajectories in the same order.
-
-    A prefix with a `memory` reuses its parent's keys and values, one without is prefilled; its length counts against
-    max_new_tokens. `steer(batch)` is a context manager around the generation of a batch. With `keep` the results have a
-    `memory`. Rows of like length share a call, so that little is padded; `generate_tokens` bounds a call's rows x longest.
-    """
-    model.eval()
-    result = [replace(s, start=len(s.response)) for s in starts]
-    stop = model.generation_config.eos_token_id
-    stop = set(stop if isinstance(stop, list) else [stop])
-    lengths = [len(s.prompt) + config.max_new_tokens for s in starts]
-    batches = deque(micro_batches(range(len(starts)), config.generate_tokens, lengths.__getitem__))
-    movable = full_attention(model)
-    while batches:
-        rows = batches.popleft()
-        batch, states, recorder = [result[i] for i in rows], [], Recorder()
-        inputs = tokenizer.pad({"input_ids": [s.prompt + s.response for s in batch]}, return_tensors="pt").to(model.device)
-        width, room = inputs["input_ids"].shape[1], [config.max_new_tokens - len(s.response) for s in batch]
-        with autocast(model), contextlib.ExitStack() as stack:
-            if reuse := steer or any(s.response for s in batch):
-                inputs["past_key_values"] = prefix_cache(model, batch, inputs["input_ids"], inputs["attention_mask"])
-            if steer:
-                stack.enter_context(steer(batch))
-            if keep:
-                hook = model.base_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
-                stack.callback(hook.remove)
-            half = HalfEnded(width, torch.tensor(room, device=model.device), stop, movable)
-            out = model.generate(**inputs, max_new_tokens=max(room), do_sample=not greedy, top_k=0,
-                                 logits_processor=[recorder], stopping_criteria=[half], return_dict_in_generate=True)
-        new, left = out.sequences[:, width:], []
-        states = torch.cat(states, 1) if keep else None
-        for j, (i, tokens, logp, h) in enumerate(zip(rows, new.tolist(), *recorder.finish(new))):
-            s, end = result[i], next((t + 1 for t, token in enumerate(tokens) if token in stop), math.inf)
-            n, first = min(end, len(tokens), room[j]), width - len(s.prompt + s.response)
-            if goes_on := n < min(end, room[j]):
-                left.append(i)
-            if keep:  # a reused prefix brings the states of all its tokens but the last
-                known = s.memory[1][:len(s.prompt + s.response) - 1] if reuse and s.memory else states[j, :0]
-                seen = torch.cat([known, states[j, 0 if reuse else first:]])
-            memory = (out.past_key_values, seen if keep else None, j, first) if keep or goes_on else None
-            result[i] = replace(s, response=s.response + tokens[:n], logps=torch.cat([s.logps, logp[:n]]), memory=memory,
-                                entropy=torch.cat([s.entropy, h[:n]]), complete=end <= room[j])
-        if left:  # at once, so that the caches of one batch are all that waits
-            batches.appendleft(left)
-    for t, text in zip(result, tokenizer.batch_decode([t.response for t in result], skip_special_tokens=True)):
-        t.text = text
-    return result
-
-
-def prefix_cache(model, batch: list[Trajectory], ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
-    """Keys and values of left-padded prefixes (ids, mask [B, P]) but for their last token, which `generate` feeds itself.
-
-    They are gathered from where the parents were sampled: cached keys carry their rotation already, so moving them to
-    other columns changes nothing. Where a parent has no memory the prefixes are run through the policy.
-    """
-    ids, mask = ids[:, :-1], mask[:, :-1]
-    if not all(s.memory for s in batch):
-        return model.base_model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                                use_cache=True).past_key_values
-    sources = defaultdict(list)
-    for i, s in enumerate(batch):
-        sources[id(s.memory[0])].append(i)
-    first = mask.argmax(1)  # column of a row's first token
-    result = DynamicCache(config=model.config)
-    for layer in range(model.config.num_hidden_layers):
-        moved = []
-        for name in ("keys", "values"):
-            new = None
-            for members in sources.values():
-                old = getattr(batch[members[0]].memory[0].layers[layer], name)  # [B', KV, columns, D]
-                row, column = torch.tensor([batch[i].memory[2:] for i in members], device=ids.device).T
-                columns = (torch.arange(ids.shape[1], device=ids.device) + (column - first[members])[:, None]).clamp(min=0)
-                if new is None:
-                    new = old.new_zeros(len(batch), old.shape[1], ids.shape[1], old.shape[3])
-                heads = torch.arange(old.shape[1], device=ids.device)
-                new[members] = old[row[:, None, None], heads[:, None], columns[:, None]]
-            moved.append(new)
-        result.update(*moved, layer)
-    return result
-
-
-LOGITS = 2 ** 25  # logits held at a time
-
-
-def score(model, states: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
-    """ln π of tokens `targets` [N] at hidden states [N, H], and H_t there: two [N]. Where V is large the logits are made
-    in chunks, and again in the backward pass instead of being kept.
-    """
-    def part(states, targets):
-        logits = model.get_output_embeddings()(states).float()
-        return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), token_entropy(logits)
-
-    n = max(1, LOGITS // model.config.vocab_size)
-    chunks = list(zip(states.split(n), targets.split(n)))
-    again = functools.partial(checkpoint, part, use_reentrant=False)
-    parts = [again(*c) if len(chunks) > 1 and torch.is_grad_enabled() else part(*c) for c in chunks]
-    return [torch.cat(x) for x in zip(*parts)]
-
-
-def token_logps(model, batch: list[Trajectory]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ln π(o_t) and H_t of a trajectory's own tokens by one differentiable pass, and their mask: three [B, T] tensors.
-
-    Rows are padded on the right: causal attention never looks there, so no mask is needed.
-    """
-    ids = pad([torch.tensor(t.prompt + t.response) for t in batch]).to(model.device)  # [B, S]
-    starts = torch.tensor([len(t.prompt) for t in batch], device=ids.device)
-    own, end = torch.tensor([[t.start, len(t.response)] for t in batch], device=ids.device).T[..., None]
-    t = torch.arange(int(end.max()), device=ids.device)
-    mask = (own <= t) & (t < end)  # [B, T]
-    rows, t = mask.nonzero(as_tuple=True)
-    columns = starts[rows] + t  # of o_t, which is chosen by the state before it
-    with autocast(model):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, S, H]
-        flat = score(model, hidden[rows, columns - 1], ids[rows, columns])
-    logp, entropy = (torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, x) for x in flat)
-    return logp, entropy, mask
-
-
-def pad(rows: list[torch.Tensor]) -> torch.Tensor:
-    """[T_i] tensors as one [B, T], zeros on the right."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-def micro_batches(items, tokens: float = math.inf, length=lambda t: len(t.prompt) + len(t.response), size: int = 0):
-    """Lists of like length, longest first, each of at most `tokens` (rows x longest) and, where given, `size` items."""
-    batches, longest = [], 0
-    for item in sorted(items, key=length, reverse=True):
-        if batches and (len(batches[-1]) + 1) * longest <= tokens and len(batches[-1]) != size:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-            longest = length(item)
-    return batches
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 1: entropy-driven latent branching.
-# ---------------------------------------------------------------------------------------------------------------------
-# Ω = the top ρ of a response's positions by H_t, t* ~ Uniform(Ω); the branch goes on from c = (q, o_<t*).              [P]
-# The hesitant token itself is decided again, since H_t is the entropy of the choice of o_t (the released code keeps it). [O]
-
-
-def branch_positions(entropy: torch.Tensor, mask: torch.Tensor, top_frac: float, generator=None) -> torch.Tensor:
-    """t* of each response, [B]: drawn uniformly from the floor(ρ n) >= 1 positions of highest entropy.
-
-    entropy, mask [B, T]: EOS belongs to the n candidates, padding and the first token [C] do not (a response of one
-    token has no other position, and t* = 0).
-    """
-    result = torch.zeros(len(entropy), dtype=torch.long)
-    for i, (h, m) in enumerate(zip(entropy, mask)):
-        candidates = m.nonzero().squeeze(1)[1:]
-        if len(candidates):
-            omega = candidates[h[candidates].topk(max(1, int(top_frac * len(candidates) + 1e-9))).indices]
-            result[i] = omega[torch.randint(len(omega), (1,), generator=generator)]
-    return result
-
-
-# Latents: a conditional VAE of how a prefix goes on, in the policy's own features e(x) = mean last hidden state.      [O]
-# loss = |g(e(c), z) - e(o_>=t*)|² + weight · KL(q_φ(z | e(c), e(o_>=t*)) || p_ψ(z | e(c)))                             [C]
-
+def prefixes_to_branch(parents, config):
+    """The prefix c = (q, o_<t*) of each response."""
+    entropy = pad([t.entropy for t in parents])
+    mask = pad([torch.ones(len(t.response)) for t in parents])
+    positions = branch_positions(entropy, mask, config.top_frac).tolist()
+    return [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], start=n)
+            for t, n in zip(parents, positions)]
 
 class LatentCVAE(torch.nn.Module):
-    """Prior p_ψ(z | c), posterior q_φ(z | c, o_>=t*) and decoder g, all three-layer MLPs; diagonal Gaussians [C].
+    """Prior p_ψ(z | c) and posterior q_φ(z | c, o_>=t*): three-layer MLPs, diagonal Gaussians. [C]
 
-    Features [B, H] are standardised by `shift` and `scale`, set in training. Free bits keep the posterior from
-    collapsing onto the prior: KL below `free_bits` nats a dimension is not worth reducing.
+    They see e(c) and e(o_>=t*), [B, H], the policy's mean last hidden states, standardised [O] (the
+    authors use a DeBERTa encoder). The decoder is the policy itself, see `latent_loss`.
     """
 
-    def __init__(self, width: int, z_dim: int, hidden: int = 256, kl_weight: float = 1.0, free_bits: float = 0.1):
+    def __init__(self, width, z_dim):
         super().__init__()
-        self.kl_weight, self.free_bits = kl_weight, free_bits
-        self.register_buffer("shift", torch.zeros(2, width))  # of contexts, of continuations
-        self.register_buffer("scale", torch.ones(2, width))
+        self.prior_net = self.three_layers(width, 2 * z_dim)
+        self.posterior_net = self.three_layers(2 * width, 2 * z_dim)
 
-        def mlp(n_in, n_out):
-            return torch.nn.Sequential(torch.nn.Linear(n_in, hidden), torch.nn.SiLU(), torch.nn.Linear(hidden, hidden),
-                                       torch.nn.SiLU(), torch.nn.Linear(hidden, n_out))
-        self.prior_net, self.posterior_net = mlp(width, 2 * z_dim), mlp(2 * width, 2 * z_dim)
-        self.decoder = mlp(width + z_dim, width)
+    def three_layers(self, n_in, n_out, hidden=256):
+        return torch.nn.Sequential(
+            torch.nn.LayerNorm(n_in), torch.nn.Linear(n_in, hidden), torch.nn.SiLU(),
+            torch.nn.Linear(hidden, hidden), torch.nn.SiLU(), torch.nn.Linear(hidden, n_out))
 
-    def standardize(self, x, side):
-        return (x - self.shift[side]) / self.scale[side]
+    def gaussian(self, parameters):
+        mean, logvar = parameters.chunk(2, -1)
+        return torch.distributions.Normal(mean, (logvar.clamp(-8, 8) / 2).exp())
 
-    def prior(self, context):
-        """[B, H] -> mean and log-variance of p_ψ(z | c), each [B, Z]."""
-        mu, logvar = self.prior_net(self.standardize(context, 0)).chunk(2, -1)
-        return mu, logvar.clamp(-8, 8)
+    def prior(self, prefix):
+        """p_ψ(z | c), a Normal over [B, Z]."""
+        return self.gaussian(self.prior_net(prefix))
 
-    def posterior(self, context, continuation):
-        """[B, H], [B, H] -> mean and log-variance of q_φ(z | c, o_>=t*), each [B, Z]."""
-        x = torch.cat([self.standardize(context, 0), self.standardize(continuation, 1)], -1)
-        mu, logvar = self.posterior_net(x).chunk(2, -1)
-        return mu, logvar.clamp(-8, 8)
+    def posterior(self, prefix, continuation):
+        """q_φ(z | c, o_>=t*), a Normal over [B, Z]."""
+        return self.gaussian(self.posterior_net(torch.cat([prefix, continuation], -1)))
 
-    def decode(self, context, z):
-        """g(e(c), z): the expected feature of the continuation, [B, H]."""
-        return self.decoder(torch.cat([self.standardize(context, 0), z], -1)) * self.scale[1] + self.shift[1]
-
-    def sample(self, context, k: int):
-        """k latents from the prior of each context: [B, k, Z]."""
-        mu, logvar = self.prior(context)
-        return mu[:, None] + (logvar / 2).exp()[:, None] * torch.randn(len(mu), k, mu.shape[1], device=mu.device)
-
-    def kl(self, context, continuation):
-        """KL(q_φ || p_ψ) of each dimension in nats, mean over the batch: [Z]."""
-        (mq, vq), (mp, vp) = self.posterior(context, continuation), self.prior(context)
-        return 0.5 * (vp - vq + ((vq.exp() + (mq - mp) ** 2) / vp.exp()) - 1).mean(0)
-
-    def loss(self, context, continuation):
-        """(loss, squared error, KL), scalars: sums over dimensions, means over the batch, one reparameterised z a row."""
-        mu, logvar = self.posterior(context, continuation)
-        z = mu + (logvar / 2).exp() * torch.randn_like(mu)
-        recon = (((self.decode(context, z) - continuation) / self.scale[1]) ** 2).sum(-1).mean()
-        kl = self.kl(context, continuation)
-        return recon + self.kl_weight * kl.clamp(min=self.free_bits).sum(), recon, kl.sum()
-
-
-@torch.no_grad()
-def features(model, batch: list[Trajectory], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """e(c) and e(o_>=t*) of whole responses cut at `positions`: two [B, H] means of the policy's last hidden states."""
-    ids = pad([torch.tensor(t.prompt + t.response) for t in batch]).to(model.device)
-    with autocast(model):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-    means = [(h[:n].mean(0), h[n:len(t.prompt) + len(t.response)].mean(0))
-             for h, t, n in zip(hidden, batch, (len(t.prompt) + p for t, p in zip(batch, positions)))]
-    return tuple(torch.stack(side) for side in zip(*means))
-
-
-def train_cvae(cvae: LatentCVAE, model, pairs: list[Trajectory], config) -> dict:
-    """Train on (prefix, continuation) pairs: responses cut where the policy hesitates. A tenth is held out and reported:
-    squared error over that of predicting the mean, KL a dimension, share of dimensions with KL > 0.01 (active).
-    """
-    sides = []
-    for batch in micro_batches(pairs, config.micro_tokens):
-        with torch.no_grad():
-            _, entropy, mask = token_logps(model, batch)
-        sides.append(features(model, batch, branch_positions(entropy, mask, config.top_frac).tolist()))
-    context, continuation = (torch.cat(side) for side in zip(*sides))
-    order, test = torch.randperm(len(context), device=context.device), max(1, len(context) // 10)
-    context, continuation = context[order], continuation[order]
-    for side, x in enumerate((context, continuation)):
-        cvae.shift[side], cvae.scale[side] = x.mean(0), x.std(0, correction=0) + 1e-6
-    optimizer = torch.optim.AdamW(cvae.parameters(), lr=1e-3)
-    bar = tqdm(range(config.cvae_steps), desc="cvae", unit="step", disable=None)
-    for _ in bar:
-        rows = torch.randint(test, len(context), (256,), device=context.device)
-        loss, recon, kl = cvae.loss(context[rows], continuation[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bar.set_postfix(recon=f"{recon.item():.1f}", kl=f"{kl.item():.1f}", refresh=False)
-    with torch.no_grad():
-        c, x = context[:test], continuation[:test]
-        recon, kl = cvae.loss(c, x)[1].item(), cvae.kl(c, x)
-        mean = (((x - cvae.shift[1]) / cvae.scale[1]) ** 2).sum(-1).mean().item()
-    report = {"error_over_mean": recon / max(mean, 1e-9), "kl_per_dim": kl.mean().item(),
-              "active": (kl > 0.01).float().mean().item(), "pairs": len(context)}
-    print("cvae: " + ", ".join(f"{k} {v:.3g}" for k, v in report.items()))
-    return report
-
-
-# PSA: K' = [γ W_K z ; K], V' = [γ W_V z ; V]: one more key and value in each of the last layers, at RoPE position 0
-# (where rotation does nothing), seen from the state that produces o_t* on; there, too, RMSNorm's w becomes w + γ W_N z. [P]
-
-
-def psa_attention(module, query, key, value, attention_mask, **kwargs):
-    """sdpa attention with the layer's latent slot, if it has one, before its keys and values.
-
-    query [B, heads, Q, D]; key, value [B, KV, K, D]; module.slot = (k_z, v_z: [B, KV, 1, D]; visible: bool [B, Q]).
-    """
-    if (slot := getattr(module, "slot", None)) is not None:
-        k_z, v_z, visible = slot
-        (B, _, Q, _), K = query.shape, key.shape[2]
-        if attention_mask is None:  # transformers leaves out a mask that is only causal
-            attention_mask = torch.ones(Q, K, dtype=torch.bool, device=query.device).tril(K - Q)[None, None]
-        attention_mask = torch.cat([visible[:, None, :, None], attention_mask.expand(B, 1, Q, K)], -1)
-        key, value = torch.cat([k_z.to(key.dtype), key], 2), torch.cat([v_z.to(value.dtype), value], 2)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register("psa", psa_attention)
-AttentionMaskInterface.register("psa", sdpa_mask)
-
-
-def require_llama_like(model) -> None:
-    """Fail where branching cannot work: it needs model.layers with RMSNorm, a key/value cache, and full attention."""
-    norms = [getattr(layer, "input_layernorm", None) for layer in getattr(model.base_model, "layers", [])]
-    if not norms or not all(hasattr(norm, "variance_epsilon") for norm in norms) or not full_attention(model):
-        fail(f"I²B-LPO needs a decoder with model.layers, RMSNorm and full attention (Qwen2, Qwen3, Llama), not "
-             f"{type(model).__name__}; the baselines (--method grpo) take it")
-
+    def sample(self, prefix, k):
+        """k latents of each prefix from the prior, [B, k, Z]."""
+        return self.prior(prefix).sample((k,)).transpose(0, 1)
 
 class PseudoSelfAttention(torch.nn.Module):
-    """The projections of z into the policy, and `steer`, which attaches them for the length of a `with` block.
+    """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
-    config.branch_mode chooses where z goes in: "psa" as above, "input" adds γ W z to the first layer's input, "softmax"
-    adds γ W z to the last state before the logits [C]. All at the branch's own positions only. γ = 0 attaches nothing.
+    Attached to `model` for good, it acts within `steer`. The slot stands at RoPE position 0, where
+    rotation does nothing. A row's latent is `born` in the column whose state produces o_t*, and
+    seen by columns of age = column - born >= 0.
     """
 
     def __init__(self, model, config):
         super().__init__()
-        c, total = model.config, len(model.base_model.layers)
-        n = total if config.psa_layers == "all" else min(int(config.psa_layers), total)
-        self.mode, self.halflife, self.gamma = config.branch_mode, config.psa_halflife, config.psa_gamma
-        self.first, self.z_dim, self.kv_heads = total - n, config.z_dim, c.num_key_value_heads
-        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        if self.mode == "psa":
-            self.to_kv = torch.nn.Linear(self.z_dim, n * 2 * self.kv_heads * head, bias=False)  # W_K, W_V
-            self.to_norm = torch.nn.Linear(self.z_dim, n * c.hidden_size, bias=False)  # W_N
-        else:
-            self.to_hidden = torch.nn.Linear(self.z_dim, c.hidden_size, bias=False)
-        for p in self.parameters():
-            torch.nn.init.normal_(p, std=0.01)  # [C]
+        layers = model.base_model.layers[-config.psa_layers:]  # [-0:] is all of them
+        heads, head_dim = model.config.num_key_value_heads, layers[0].self_attn.head_dim
+        self.shape = (len(layers), heads, 1, head_dim)
+        width = len(layers) * model.config.hidden_size
+        self.to_key = torch.nn.Linear(config.z_dim, math.prod(self.shape), bias=False)  # W_K
+        self.to_value = torch.nn.Linear(config.z_dim, math.prod(self.shape), bias=False)  # W_V
+        self.to_norm = torch.nn.Linear(config.z_dim, width, bias=False)  # W_N
+        for weight in self.parameters():
+            torch.nn.init.normal_(weight, std=0.01)  # [C]
+        self.gamma, self.halflife = config.psa_gamma, config.psa_halflife
+        self.steering = False
+        model.set_attn_implementation("psa")
+        model.base_model.register_forward_pre_hook(self.note_age, with_kwargs=True)
+        for i, layer in enumerate(layers):
+            layer.self_attn.psa = (self, i)  # in a tuple, so that it is no part of the policy
+            layer.input_layernorm.register_forward_hook(functools.partial(self.modulate, i))
 
     @contextlib.contextmanager
-    def steer(self, model, batch: list[Trajectory], decoding: bool = False):
-        """Within the block, `model` is steered by the latents of `batch`, a row each (no latent, no effect).
+    def steer(self, z, born):
+        """Within the block, row i of what the model runs is steered by z[i] from column born[i] on.
 
-        Position len(prompt) + t* - 1 has age 0. decoding: rows are prefixes, at least that long, that `generate` goes on
-        from, so that every position processed sees the latent. Otherwise rows are whole trajectories padded on the right.
-        The norm's modulation is halved every `halflife` tokens of age (0: never).
+        z: [B, Z], born: [B]. With γ = 0 the model is exactly what it was.
         """
-        has = torch.tensor([t.z is not None for t in batch], device=model.device)[:, None]  # [B, 1]
-        if self.gamma == 0 or not has.any():
-            yield
-            return
-        base, hooks, implementation = model.base_model, [], model.config._attn_implementation
-        z = self.gamma * torch.stack([torch.zeros(self.z_dim) if t.z is None else t.z for t in batch]).to(model.device)
-        if decoding:
-            age = torch.tensor([[float(len(t.response) - t.start)] for t in batch], device=model.device)
-            hooks.append(base.register_forward_hook(lambda *_: (age.add_(1), None)[1]))
-        else:
-            born = torch.tensor([len(t.prompt) + t.start - 1 for t in batch], device=model.device)
-            age = torch.arange(max(len(t.prompt) + len(t.response) for t in batch), device=model.device) - born[:, None]
-        visible = has & (age >= 0)  # [B, Q]
-
-        def modulate(delta, norm, args, output):  # (w + δ) x̂ = w x̂ + δ x̂, δ [B, H]
-            x = args[0].float()
-            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-            strength = visible * 0.5 ** (age.clamp(min=0) / (self.halflife or math.inf))
-            return output + (strength[..., None] * delta[:, None] * x).to(output.dtype)
-
-        def shift(x):
-            return x + (visible[..., None] * self.to_hidden(z)[:, None]).to(x.dtype)
-
+        z = self.gamma * z
+        self.keys = self.to_key(z).view(len(z), *self.shape)
+        self.values = self.to_value(z).view(len(z), *self.shape)
+        self.changes = self.to_norm(z).view(len(z), self.shape[0], 1, -1)
+        self.born = born[:, None]
+        self.steering = self.gamma > 0
         try:
-            if self.mode == "psa":
-                layers = base.layers[self.first:]
-                kv = self.to_kv(z).view(len(z), len(layers), 2, self.kv_heads, 1, -1).unbind(1)
-                deltas = self.to_norm(z).view(len(z), len(layers), -1).unbind(1)
-                model.config._attn_implementation = "psa"
-                for layer, slot, delta in zip(layers, kv, deltas):
-                    layer.self_attn.slot = (slot[:, 0], slot[:, 1], visible)
-                    hooks.append(layer.input_layernorm.register_forward_hook(functools.partial(modulate, delta)))
-            elif self.mode == "input":
-                hooks.append(base.layers[0].register_forward_pre_hook(lambda layer, args: (shift(args[0]), *args[1:])))
-            else:
-                hooks.append(base.norm.register_forward_hook(lambda norm, args, output: shift(output)))
             yield
         finally:
-            model.config._attn_implementation = implementation
-            for hook in hooks:
-                hook.remove()
-            for layer in base.layers:
-                layer.self_attn.__dict__.pop("slot", None)
+            self.steering = False
 
+    def note_age(self, model, args, kwargs):
+        """Before the model runs: the ages [B, Q] of the columns that it runs, behind its cache."""
+        if self.steering:
+            cache = kwargs.get("past_key_values")
+            first = cache.get_seq_length() if cache is not None else 0
+            columns = torch.arange(kwargs["input_ids"].shape[1], device=DEVICE)
+            self.age = first + columns - self.born
 
-def psa_gamma(step: int, config) -> float:
-    """γ at a training step: from psa_gamma to 0 over psa_decay_steps (0: constant), linearly or along a half cosine."""
-    progress = min(1.0, step / config.psa_decay_steps) if config.psa_decay_steps else 0.0
-    return config.psa_gamma * (1 - progress if config.psa_decay == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+    def modulate(self, i, norm, args, output):
+        """After layer i's input norm: w x̂ + δ x̂ = (w + δ) x̂, δ = γ W_N z, which may fade. [P]"""
+        if not self.steering:
+            return output
+        x = args[0].float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        strength = (self.age >= 0).float()
+        if self.halflife > 0:
+            strength = strength * 0.5 ** (self.age.clamp(min=0) / self.halflife)
+        return output + (strength[..., None] * self.changes[:, i] * x).to(output.dtype)
 
+def psa_attention(module, query, key, value, attention_mask, **kwargs):
+    """The usual attention, with the latent's slot, if there is one, before keys and values.
+
+    query: [B, heads, Q, D]; key, value: [B, KV, K, D]; attention_mask: bool [B, 1, Q, K] or None.
+    """
+    psa, i = getattr(module, "psa", (None, None))
+    if psa is not None and psa.steering:
+        B, Q, K = len(query), query.shape[2], key.shape[2]
+        if attention_mask is None:  # transformers leaves out a mask that is merely causal
+            attention_mask = torch.ones(Q, K, dtype=torch.bool, device=DEVICE).tril(K - Q)
+        slot_mask = (psa.age >= 0)[:, None, :, None]
+        attention_mask = torch.cat([slot_mask, attention_mask.expand(B, 1, Q, K)], -1)
+        key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)
+        value = torch.cat([psa.values[:, i].to(value.dtype), value], 2)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+transformers.AttentionInterface.register("psa", psa_attention)
+transformers.AttentionMaskInterface.register("psa", sdpa_mask)
+
+def psa_gamma(step, config):
+    """γ at a training step: it falls linearly to 0 in psa_decay_steps (0: it stays). [P]"""
+    if config.psa_decay_steps == 0:
+        return config.psa_gamma
+    return config.psa_gamma * max(0.0, 1 - step / config.psa_decay_steps)
+
+def latent_loss(model, latents, batch):
+    """-ELBO: mean over rows of -Σ_t>=t* ln π(o_t | q, o_<t, z), z ~ q_φ, + Σ_z KL(q_φ || p_ψ).
+
+    The decoder is the frozen policy, steered by z [O]: latents that decode into a feature [C] were
+    measured to do nothing to what it says. The first 0.2 nats of KL a dimension are free. Returns
+    the loss, what z adds to ln π of the rows [B], and the KL [Z].
+    """
+    cvae, psa = latents
+    prefix, continuation = features(model, batch)
+    posterior = cvae.posterior(prefix, continuation)
+    columns = max(len(t.prompt) for t in batch)
+    born = torch.tensor([columns + t.start - 1 for t in batch], device=DEVICE)
+    with psa.steer(posterior.rsample(), born):
+        logp, _, mask = token_logps(model, batch)
+    kl = torch.distributions.kl_divergence(posterior, cvae.prior(prefix)).mean(0)
+    loss = kl.clamp(min=0.2).sum() - (logp * mask).sum(1).mean()
+    with torch.no_grad():
+        bare, _, _ = token_logps(model, batch)
+    return loss, ((logp - bare) * mask).sum(1), kl
+
+def alternatives(model, tokenizer, problems, config):
+    """What the latents learn from: continuations from t*, after each of the 4 likeliest tokens
+    there with p > 0.01, so that rare next tokens count as much as usual ones. [O]
+    """
+    begun = []
+    parents = sample(model, tokenizer, problems, config)
+    for t in prefixes_to_branch(parents, config):
+        with torch.no_grad():
+            logits = model(torch.tensor([t.prompt + t.response], device=DEVICE)).logits[0, -1]
+        p = logits.float().softmax(-1)
+        for token in p.topk(4).indices.tolist():
+            goes_on = token not in stop_tokens(model) and t.start + 1 < config.max_new_tokens
+            if goes_on and p[token] > 0.01:
+                begun.append(replace(t, response=t.response + [token]))
+    pairs = sample(model, tokenizer, begun[:config.cvae_pairs], config)
+    return [replace(t, start=t.start - 1) for t in pairs]  # the forced token is a part of it
+
+def train_latents(model, tokenizer, latents, problems, config):
+    """Train prior, posterior and PSA on the policy's alternatives; a report of the last batch."""
+    latents[1].gamma = config.psa_gamma
+    problems = share(problems[:WORLD + config.cvae_pairs // 2])
+    pairs = gather(alternatives(model, tokenizer, problems, config))
+    if not pairs:
+        return {}
+    optimizer = torch.optim.AdamW(latents.parameters(), lr=0.005)
+    model.requires_grad_(False)
+    for _ in tqdm(range(config.cvae_steps), "latents", disable=QUIET):
+        drawn = [pairs[i] for i in torch.randperm(len(pairs))[:32].tolist()]
+        for rows in micro_batches([len(t) for t in drawn], config.micro_tokens):
+            loss, gain, kl = latent_loss(model, latents, [drawn[row] for row in rows])
+            (loss * len(rows) / len(drawn)).backward()
+        torch.nn.utils.clip_grad_norm_(latents.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.requires_grad_(True)
+    for weight in latents.parameters():
+        if WORLD > 1:
+            torch.distributed.broadcast(weight.data, 0)  # the first process's for all
+    return {"z_gain": gain.mean().item(), "kl": kl.sum().item(),
+            "active_dims": (kl > 0.01).sum().item()}
 
 @torch.no_grad()
-def prefix_features(model, starts: list[Trajectory]) -> torch.Tensor:
-    """e(c) of prefixes, [B, H]: from the states kept while their parents were sampled, else by a pass."""
-    result = []
-    for s in starts:
-        if s.memory:
-            states = s.memory[1][:len(s.prompt + s.response)]
-        else:
-            states = model.base_model(torch.tensor([s.prompt + s.response], device=model.device)).last_hidden_state[0]
-        result.append(states.float().mean(0))
-    return torch.stack(result)
+def branch(model, tokenizer, latents, parents, config, budget=math.inf):
+    """K branches from t* of every parent, each with a latent of its own.
 
-
-def branch(model, tokenizer, psa, cvae, parents: list[Trajectory], config, budget=math.inf) -> list[list[Trajectory]]:
-    """K branches from t* of every parent, each with a latent of its own from p_ψ(z | c): a list for each parent.
-
-    Stops where all branches so far are expected to have sampled `budget` tokens, a parent's first branch before any
-    parent's second. branch_mode random, and γ = 0, branch at the same positions without a latent.
+    latents: (cvae, psa), or [] for the same places without latents. First branches come before
+    second ones, until `budget` tokens are expected if a branch ends where its parent did.
     """
-    entropy, mask = pad([p.entropy for p in parents]), pad([torch.ones(len(p.response)) for p in parents]).bool()
-    positions = branch_positions(entropy, mask, config.top_frac).tolist()
-    prefixes = [replace(p, response=p.response[:t], logps=p.logps[:t], entropy=p.entropy[:t], z=None,
-                        memory=None if p.z is not None else p.memory) for p, t in zip(parents, positions)]
-    latent = psa is not None and psa.gamma > 0
-    z = cvae.sample(prefix_features(model, prefixes), config.branches).detach().cpu() if latent else None  # [B, K, Z]
-    starts, origins = [], []
+    prefixes = prefixes_to_branch(parents, config)
+    begun, origins = [], []
     for k in range(config.branches):
         for i, prefix in enumerate(prefixes):
-            budget -= len(parents[i].response) - positions[i]  # a branch is expected to be as long as its parent
+            budget -= len(parents[i].response) - prefix.start  # as long as its parent
             if budget >= 0:
-                starts.append(replace(prefix, z=z[i, k] if latent else None))
-                origins.append(i)
-    steer = (lambda batch: psa.steer(model, batch, decoding=True)) if latent else None
-    families = [[] for _ in parents]
-    for i, t in zip(origins, sample(model, tokenizer, starts, config, steer=steer) if starts else []):
-        families[i].append(t)
-    return families
+                begun.append(prefix)
+                origins.append((i, k))
+    if not latents or not begun:
+        return sample(model, tokenizer, begun, config)
+    cvae, psa = latents
+    z = cvae.sample(features(model, prefixes)[0], config.branches)
+    z = torch.stack([z[origin] for origin in origins])
 
+    def steer(rows, column):  # generation goes on behind `column`, the last one of each prefix
+        return psa.steer(z[rows], torch.full((len(rows),), column, device=DEVICE))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 2: information-bottleneck filter and self-reward.
-# ---------------------------------------------------------------------------------------------------------------------
-# S_IB(r) = β · Î(r; a*) - Î(q; r)  [P];  the estimators are [O]:
-# Î(r; a*) = [ln π(a* | q, r̄, cue) - ln π(a* | q, cue)] / |a*|, r̄ the response before its answer marker, the cue;
-# Î(q; r)  = Ĥ(r) / mean of Ĥ over the prompt's candidates, Ĥ(r) = Σ_t H_t.
+    return sample(model, tokenizer, begun, config, steer=steer)
 
+# ==== Stage 2: information-bottleneck filter and self-reward ======================================
+#   S_IB(r) = β Î(r; a*) - Î(q; r)                                                               [P]
+#   Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|   r̄: r before its answer      [O]
+#   Î(q; r) = Ĥ(r) / mean of Ĥ over the prompt's responses           Ĥ(r) = Σ_t H_t              [O]
+#   self-reward: κ mean_t(A_t H_t)                                                               [C]
 
 @torch.no_grad()
-def answer_gain(model, tokenizer, trajectories: list[Trajectory], golds: list[str], config) -> torch.Tensor:
-    """Î(r; a*), [B]: nats a token of the gold answer (golds: one for each trajectory) by which a response makes it more
-    likely, under the policy without latent. What stands before the last cue of the text counts; without one, all of it.
-    """
+def answer_gain(model, tokenizer, trajectories, config):
+    """Î(r; a*), [B], by the policy without latents."""
+    cue = "\\boxed{" if "\\boxed" in config.prompt else "#"
     probes = []
-    for t, gold in zip(trajectories, golds):
-        before = t.text.rpartition(config.answer_cue)[0] if config.answer_cue in t.text else t.text
-        answer = tokenizer(gold, add_special_tokens=False).input_ids
+    for t in trajectories:
+        before = t.text[:t.text.rindex(cue)].rstrip("#") if cue in t.text else t.text
+        answer = tokenizer(t.gold, add_special_tokens=False).input_ids
         for text in (before, ""):
-            given = tokenizer(text + config.answer_cue, add_special_tokens=False).input_ids
-            probes.append(Trajectory(t.prompt, given + answer, start=len(given)))
-    unique = {(*p.prompt, -1, *p.response): p for p in probes}  # many a response is sampled twice
-    value = {}
-    for batch in micro_batches(unique.values(), config.micro_tokens):
-        logp, _, mask = token_logps(model, batch)
-        value |= zip(map(id, batch), ((logp * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist())
-    scores = torch.tensor([value[id(unique[(*p.prompt, -1, *p.response)])] for p in probes]).view(-1, 2)
-    return scores[:, 0] - scores[:, 1]
+            given = tokenizer(text + cue, add_special_tokens=False).input_ids
+            probes.append(Trajectory(t.prompt, response=given + answer, start=len(given)))
+    means = torch.zeros(len(probes))
+    for rows in micro_batches([len(t) for t in probes], config.micro_tokens):
+        logp, _, mask = token_logps(model, [probes[row] for row in rows])
+        means[rows] = ((logp * mask).sum(1) / mask.sum(1)).cpu()
+    return means[0::2] - means[1::2]
 
-
-def ib_scores(model, tokenizer, trajectories: list[Trajectory], problems, config) -> torch.Tensor:
-    """S_IB of trajectories whose `group` is an index into problems, [B]."""
-    gain = answer_gain(model, tokenizer, trajectories, [problems[t.group][1] for t in trajectories], config)
-    entropy, ones = pad([t.entropy for t in trajectories]), pad([torch.ones(len(t.response)) for t in trajectories])
-    return trajectory_ib_score(gain, entropy, ones, torch.tensor([t.group for t in trajectories]), config.beta)
-
-
-def trajectory_ib_score(answer_gain, entropy, mask, groups, beta: float) -> torch.Tensor:
-    """S_IB = β · Î(r; a*) - Ĥ(r) / mean over the group of Ĥ; answer_gain, groups [B], entropy, mask [B, T] -> [B]."""
+def trajectory_ib_score(answer_gain, entropy, mask, groups, beta):
+    """S_IB, [B]; answer_gain, groups: [B], entropy, mask: [B, T]."""
     H = (entropy * mask).sum(1)
-    _, index = groups.unique(return_inverse=True)
-    mean = torch.zeros(int(index.max()) + 1).index_add(0, index, H) / torch.bincount(index)
-    return beta * answer_gain - H / mean[index].clamp(min=1e-9)
+    mean = torch.zeros(len(H))
+    for g in groups.unique():
+        mean[groups == g] = H[groups == g].mean()
+    return beta * answer_gain - H / mean.clamp(min=1e-9)
 
+def select_top_n(scores, rewards, lengths, groups, n, always):
+    """Indices, in order, of what is kept: in each group the n highest scores (ties: the shorter),
+    and all that `always` marks, not counted in n. All arguments: [B].
 
-def select_top_n(scores, rewards, lengths, groups, n: int, always) -> list[int]:
-    """Indices, in order, of what is kept: in each group the n highest `scores` (ties: the shorter), and all that `always`
-    marks, which are not counted in n. All arguments [B].
-
-    A group whose rewards differ never keeps a set whose rewards don't: the last of the n gives its place to the best of
-    the other reward [O].
+    Were all kept of one reward, the last gives way to the best of another [O].
     """
     kept = []
     for g in groups.unique():
         members = (groups == g).nonzero().squeeze(1).tolist()
         fixed = [i for i in members if always[i]]
-        ranked = sorted((i for i in members if not always[i]), key=lambda i: (-float(scores[i]), int(lengths[i])))
-        chosen, rest = ranked[:n], ranked[n:]
-        others = [i for i in rest if len({float(rewards[j]) for j in [i, *fixed, *chosen]}) > 1]
-        if chosen and others and len(fixed + chosen) > 1 and len({float(rewards[j]) for j in [*fixed, *chosen]}) == 1:
-            chosen[-1] = others[0]
+        ranked = [i for i in members if not always[i]]
+        ranked.sort(key=lambda i: (-float(scores[i]), int(lengths[i])))
+        chosen = ranked[:n]
+        found = {float(rewards[i]) for i in fixed + chosen}
+        missing = [i for i in ranked[n:] if float(rewards[i]) not in found]
+        if len(found) == 1 and missing and len(fixed + chosen) > 1:
+            chosen[-1] = missing[0]
         kept += fixed + chosen
     return sorted(kept)
 
+def ib_self_reward(entropy, advantages, mask):
+    """mean_t(A_t H_t), with a gradient through H_t; entropy, mask: [B, T], advantages: [B]. [C]"""
+    return (advantages[:, None] * entropy * mask).sum() / mask.sum()
 
-def ib_self_reward(entropy, advantages, mask, how: str = "token") -> torch.Tensor:
-    """mean_t(A_t · H_t), with its gradient through H_t: entropy, mask [B, T], advantages [B] or [B, T] -> scalar. [C]"""
-    A = advantages if advantages.ndim == 2 else advantages[:, None]
-    return masked_mean(A * entropy, mask, how)
+def explore(model, tokenizer, latents, problems, config):
+    """Stages 1 and 2 on a batch of problems: (candidates, those kept, S_IB of all candidates).
 
+    At most as many tokens are sampled as `rollouts` responses of the same mean length have [O].
+    """
+    candidates = sample(model, tokenizer, problems * config.initial, config)
+    initial, kept = len(candidates), candidates
+    budget = own_tokens(candidates) * (config.rollouts / config.initial - 1)
+    for _ in range(config.ib_rounds):
+        branches = branch(model, tokenizer, latents, kept, config, budget)
+        budget -= own_tokens(branches)
+        candidates = candidates + branches
+        judge(candidates, config)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Update: group-relative advantages and the clipped policy gradient.
-# ---------------------------------------------------------------------------------------------------------------------
+        gain = answer_gain(model, tokenizer, candidates, config)
+        entropy = pad([t.entropy for t in candidates])  # 0 behind a response's end
+        groups = torch.tensor([t.group for t in candidates])
+        scores = trajectory_ib_score(gain, entropy, torch.ones(1), groups, config.beta)
 
+        rewards = [t.reward for t in candidates]
+        lengths = [len(t.response) for t in candidates]
+        always = [i < initial for i in range(len(candidates))]
+        n = config.keep or len(candidates)
+        kept = [candidates[i] for i in select_top_n(scores, rewards, lengths, groups, n, always)]
+    return candidates, kept, scores
 
-def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
-    """A_i = (R_i - mean) / (std + eps) over the responses to the same prompt; all [B]. [GRPO]
+# ==== Update ======================================================================================
+#   A = (R - mean) / (std + 1e-4)          over all candidates of a prompt, kept or not    [GRPO, O]
+#   r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)     of the bare policy to the one that
+#                                          sampled: what latents find goes into the policy       [O]
+#   L = -mean_t min(r_t A, clip(r_t) A) - κ mean_t(A H_t)                                  [GRPO, C]
+
+def group_advantages(rewards, groups, eps=1e-4):
+    """(R - mean) / (std + eps) over the responses to the same prompt; all [B]. [GRPO]
 
     The standard deviation is the population's, so that a group of one has advantage 0 [O].
     """
-    _, index = groups.unique(return_inverse=True)
-    count = torch.bincount(index).to(rewards.dtype)
-    mean = torch.zeros_like(count).index_add(0, index, rewards) / count
-    centred = rewards - mean[index]
-    std = (torch.zeros_like(count).index_add(0, index, centred ** 2) / count).sqrt()
-    return centred / (std[index] + eps)
+    advantages = torch.zeros_like(rewards)
+    for g in groups.unique():
+        own = rewards[groups == g]
+        advantages[groups == g] = (own - own.mean()) / (own.std(correction=0) + eps)
+    return advantages
 
+def set_advantages(candidates, kept):
+    """Write advantages, relative to all candidates of a prompt, into the trajectories.
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor, how: str = "token") -> torch.Tensor:
-    """Mean of x [B, T] where mask [B, T]: over all tokens ("token"), or of each row's mean ("sequence")."""
-    if how == "token":
-        return (x * mask).sum() / mask.sum()
-    return ((x * mask).sum(1) / mask.sum(1)).mean()
-
-
-def policy_loss(logp, old_logp, advantages, mask, config) -> tuple[torch.Tensor, dict]:
-    """-mean_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) with r_t = π(o_t) / π_old(o_t). [PPO, GRPO, DAPO]
-
-    logp, old_logp, mask [B, T]; advantages [B], or [B, T] where they differ from token to token. Returns the scalar loss,
-    the mean by `config.loss_mean`, and {"ratio", "clipped"}: the mean ratio and the share of clipped tokens.
+    The filter looks at a*, so that among wrong responses it keeps the lucky ones, and what it drops
+    would never be punished: those kept of a reward get the weight of all that had it [O].
     """
-    A = advantages if advantages.ndim == 2 else advantages[:, None]
+    rewards = torch.tensor([t.reward for t in candidates])
+    groups = torch.tensor([t.group for t in candidates])
+    for t, advantage in zip(candidates, group_advantages(rewards, groups).tolist()):
+        t.advantage = advantage
+    sampled = Counter((t.group, t.reward) for t in candidates)
+    left = Counter((t.group, t.reward) for t in kept)
+    for t in kept:
+        t.advantage *= sampled[t.group, t.reward] / left[t.group, t.reward]
+
+def policy_loss(logp, old_logp, advantages, mask, config):
+    """-mean_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A), r_t = π / π_old. [PPO, GRPO]
+
+    logp, old_logp, mask (or weights of tokens): [B, T]; advantages: [B] or [B, T]. The mean is over
+    all tokens [DAPO]. Also returns the mean ratio and the share of tokens that the clip cuts off.
+    """
+    if advantages.ndim == 1:
+        advantages = advantages[:, None]
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = masked_mean(-torch.minimum(ratio * A, clipped * A), mask, config.loss_mean)
-    cut = (ratio * A > clipped * A).float()
-    return loss, {"ratio": masked_mean(ratio.detach(), mask).item(), "clipped": masked_mean(cut, mask).item()}
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    cut = objective < ratio * advantages
+    tokens = mask.sum()
+    stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
+    return -(objective * mask).sum() / tokens, stats
 
+def update(model, optimizer, batch, config):
+    """`updates_per_step` optimizer steps on a batch; returns statistics, means over its tokens.
 
-def k3(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """The k3 estimate of KL(π || π_ref) at each token: r - 1 - ln r >= 0 with r = π_ref / π. [GRPO]"""
-    return (reference - logp).exp() - 1 - (reference - logp)
-
-
-def batch_loss(model, batch: list[Trajectory], config, reference=None) -> tuple[torch.Tensor, dict]:
-    """The loss of a batch and its parts: clipped policy gradient - κ · mean_t(A_t · H_t) [C] + KL - entropy bonus, over
-    the trajectories' own tokens (a branch's prefix belongs to its parent [C]).
+    A branch is trained from t* on, its prefix belongs to its parent [C]. Rows of advantage 0 are
+    skipped, in the mean too [O]. Micro-batches, and processes, add up to the whole gradient.
     """
-    logp, entropy, mask = token_logps(model, batch)
-    old = pad([t.logps for t in batch]).to(mask.device)
-    A = pad([torch.as_tensor(t.advantage).expand(len(t.response)) for t in batch]).to(mask.device)
-    loss, stats = policy_loss(logp, old, A, mask, config)
-    stats["entropy_trained"] = masked_mean(entropy.detach(), mask).item()
-    if config.entropy_bonus:
-        loss = loss - config.entropy_bonus * masked_mean(entropy, mask, config.loss_mean)
-    if config.method == "iiblpo" and config.kappa:
-        self_reward = ib_self_reward(entropy, A, mask, config.loss_mean)
-        loss, stats["ib_self_reward"] = loss - config.kappa * self_reward, self_reward.item()
-    if reference is not None:
-        with torch.no_grad():
-            reference_logp, _, _ = token_logps(reference, batch)
-        kl = masked_mean(k3(logp, reference_logp), mask, config.loss_mean)
-        loss, stats["kl"] = loss + config.kl * kl, kl.item()
-    return loss, stats | {"loss": loss.item()}
+    if config.method != "entropy_reg":
+        batch = [t for t in batch if t.advantage != 0]
+    stats, log_weights, norm = Counter(loss=0, tokens_trained=0), [], 0.0
+    for i in range(config.updates_per_step):
+        part = batch[i::config.updates_per_step]
+        tokens = sum(gather([own_tokens(part)]))
+        for rows in micro_batches([len(t) for t in part], config.micro_tokens):
+            micro = [part[row] for row in rows]
+            logp, entropy, mask = token_logps(model, micro)
+            old = pad([t.logps for t in micro]).to(DEVICE)
+            advantages = torch.tensor([t.advantage for t in micro], device=DEVICE)
+            loss, found = policy_loss(logp, old, advantages, mask, config)
+            if config.method == "iiblpo":
+                loss = loss - config.kappa * ib_self_reward(entropy, advantages, mask)
+            if config.method == "entropy_reg":
+                loss = loss - config.entropy_bonus * (entropy * mask).sum() / mask.sum()
+            share_of_tokens = mask.sum() / tokens
+            (share_of_tokens * loss).backward()
+            for name, value in {"loss": loss, **found}.items():
+                stats[name] += (share_of_tokens * value).item() / config.updates_per_step
+            stats["tokens_trained"] += mask.sum().item()
+            log_weight = ((logp - old) * mask).sum(1).tolist()
+            log_weights += [w for w, t in zip(log_weight, micro) if t.start > 0]
+        if tokens > 0:
+            norm = take_step(model, optimizer, config)
+    total = Counter()
+    for part in gather([stats]):
+        total.update(part)
+    weights = torch.tensor(gather(log_weights) or [0.0]).softmax(0)
+    effective = 1 / weights.square().sum().item()  # sample size of the branches
+    return total | {"grad_norm": norm, "branch_ess": effective / len(weights)}
 
+# ==== The training step ===========================================================================
 
-def update(model, optimizer, trajectories: list[Trajectory], config, reference=None, psa=None) -> dict:
-    """`updates_per_step` optimizer steps on a batch, each trajectory under the latent it was sampled with; statistics.
+def training_step(model, tokenizer, optimizer, latents, problems, config, step):
+    """One step of the method, or of a baseline; returns its line of metrics.jsonl."""
+    # 1. random numbers of the step's own, so that a resumed run has the very same ones
+    rng = random.Random(f"{config.seed} {step}")
+    torch.manual_seed(rng.getrandbits(62) + RANK)
+    chosen = rng.sample(problems, len(problems))
+    metrics = {}
 
-    A response without advantage costs no forward pass (unless a KL or an entropy bonus gives it a gradient); the means
-    are over the rest, so that prompts that teach nothing do not dilute those that do [O]. Micro-batches add up to the
-    gradient of the whole batch. A step whose loss or gradient is not finite is skipped and counted.
-    """
-    batch = [t for t in trajectories if torch.as_tensor(t.advantage).any() or config.kl or config.entropy_bonus]
-    means, stats = defaultdict(float, tokens_trained=0), {"skipped": 0}
-    model.train(config.gradient_checkpointing)  # the mode that switches checkpointing on; no other layer differs
-    parts = [batch[i::config.updates_per_step] for i in range(config.updates_per_step)]
-    for part in parts:
-        count = Counter(tokens=sum(len(t.response) - t.start for t in part), responses=len(part))
-        whole = over_processes(count, ("tokens", "responses"))
-        if not whole["tokens"]:
-            continue
-        loss = 0.0
-        for micro in micro_batches(part, config.micro_tokens):
-            by_tokens = sum(len(t.response) - t.start for t in micro) / whole["tokens"]
-            share = by_tokens if config.loss_mean == "token" else len(micro) / whole["responses"]
-            with psa.steer(model, micro) if psa is not None else contextlib.nullcontext():
-                micro_loss, extra = batch_loss(model, micro, config, reference)
-                (share * micro_loss).backward()
-            loss += share * extra["loss"]
-            for key, value in extra.items():
-                means[key] += share * value / len(parts)
-        means["tokens_trained"] += count["tokens"]
-        sum_gradients(model, *([psa] if psa is not None else []))
-        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        if psa is not None:
-            stats["psa_grad_norm"] = torch.nn.utils.clip_grad_norm_(psa.parameters(), config.max_grad_norm).item()
-        if all(map(math.isfinite, [*stats.values(), over_processes({"loss": loss})["loss"]])):
-            optimizer.step()
-        else:
-            stats["skipped"] += 1
-        optimizer.zero_grad()
-    return {**over_processes(means, tuple(means)), **stats}
+    # 2. the latents learn the policy's alternatives, at first and now and then, and fade
+    if latents:
+        if step == 0 or (config.cvae_refresh and step % config.cvae_refresh == 0):
+            metrics = train_latents(model, tokenizer, latents, chosen, config)
+        latents[1].gamma = psa_gamma(step, config)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased pass@k from n samples of which c are right: 1 - C(n-c, k) / C(n, k). [Codex paper, arXiv 2107.03374]"""
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def distinct_n(texts: list[str], n: int) -> float:
-    """Distinct-n: different n-grams of white-space words over all n-grams of the texts; 0 where there are none."""
-    words = [text.split() for text in texts]
-    grams = [tuple(w[i:i + n]) for w in words for i in range(len(w) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def self_bleu(texts: list[str]) -> float:
-    """Self-BLEU: the mean BLEU-4 of each text against all others as its references, in [0, 1]; 1: all say the same.
-
-    White-space words; an order without a match counts 0.1 matches, so that short texts are not all 0 (nltk's method1).
-    """
-    words, log_precision = [text.split() for text in texts], [0.0] * len(texts)
-    for n in (1, 2, 3, 4):
-        counts, of = [Counter(zip(*(w[i:] for i in range(n)))) for w in words], defaultdict(list)
-        for gram, count in (item for c in counts for item in c.items()):
-            of[gram].append(count)
-        top = {gram: sorted(found, reverse=True) + [0] for gram, found in of.items()}
-        for i, c in enumerate(counts):  # a count is clipped to the highest among the others
-            hits = sum(min(count, top[gram][count == top[gram][0]]) for gram, count in c.items())
-            log_precision[i] += math.log((hits or (0.1 if n > 1 else 1e-300)) / max(1, sum(c.values()))) / 4
-    scores = []
-    for i, w in enumerate(words):
-        closest = min((len(v) for j, v in enumerate(words) if j != i), key=lambda r: (abs(r - len(w)), r))
-        scores.append(math.exp(log_precision[i] + min(0.0, 1 - closest / max(1, len(w)))))
-    return sum(scores) / len(scores)
-
-
-def self_rouge_l(texts: list[str]) -> float:
-    """Self-ROUGE-L: the mean over pairs of texts of the F1 of their longest common subsequence of white-space words."""
-    words, scores = [text.split() for text in texts], []
-    for a, b in itertools.combinations(words, 2):
-        places, row = defaultdict(int), (1 << len(a)) - 1  # the table's row as bits, 0 where the length grows [Hyyro 2004]
-        for i, word in enumerate(a):
-            places[word] |= 1 << i
-        for word in b:
-            match = row & places[word]
-            row = (row + match | row - match) & (1 << len(a)) - 1
-        scores.append(2 * (len(a) - row.bit_count()) / max(1, len(a) + len(b)))
-    return sum(scores) / len(scores)
-
-
-def evaluate(model, tokenizer, problems, config) -> dict:
-    """Greedy accuracy, and over n = `eval_samples` sampled responses a problem: pass@1 (avg@n), pass@k and maj@k with
-    k = n, Distinct-1 and -4, 1 - Self-BLEU, 1 - Self-ROUGE-L, the number of different correct responses (each a mean over
-    problems), and the mean length.
-
-    Its random numbers depend on nothing but the configuration's seed and are the same before and after training.
-    """
-    count, problems = len(problems), problems[RANK::WORLD]
-    prompts, n = [Trajectory(encode_prompt(tokenizer, q, config)) for q, _ in problems], config.eval_samples
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed + RANK)
-        greedy = sample(model, tokenizer, prompts, config, greedy=True)
-        sampled = sample(model, tokenizer, [p for p in prompts for _ in range(n)], config)
-    result = defaultdict(float, greedy=sum(verify(extract_answer(t.text), a) for t, (_, a) in zip(greedy, problems)))
-    for i, (_, gold) in enumerate(problems):
-        texts = [t.text for t in sampled[i * n:(i + 1) * n]]
-        answers = [extract_answer(text) for text in texts]
-        right = [verify(a, gold) for a in answers]
-        votes = Counter(a for a in answers if a is not None).most_common(1)
-        result["pass@1"] += sum(right) / n
-        result["pass@k"] += pass_at_k(n, sum(right), n)
-        result["maj@k"] += bool(votes) and verify(votes[0][0], gold)
-        result["distinct_1"] += distinct_n(texts, 1)
-        result["distinct_4"] += distinct_n(texts, 4)
-        if n > 1:  # diversity: 1 - similarity
-            result["1-self_bleu"] += 1 - self_bleu(texts)
-            result["1-self_rouge_l"] += 1 - self_rouge_l(texts)
-        result["distinct_correct"] += len({text for text, r in zip(texts, right) if r})
-        result["length"] += sum(len(t.response) for t in sampled[i * n:(i + 1) * n]) / n
-    return {key: round(value / count, 4) for key, value in over_processes(result, tuple(result)).items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def save_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, then rename: neither a reader nor a crash ever meets half a file or half a folder. Where the
-    disk is full or not to be written, one line says so and what was there before stays.
-    """
-    temporary, old = (path.with_name(f"{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old.tmp"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        if path.is_dir():
-            os.replace(path, old)  # a folder that is not empty cannot be replaced in one call
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own words for a full disk
-        fail(f"cannot write {path}: {one_line(e)}; what stood there before is untouched")
-    finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        remove(temporary)
-        remove(old)
-
-
-def output_folder(config) -> Path:
-    """OUT, or the next free runs/METHOD-SEED-N (with --resume the last used). Refuses to write over another run."""
-    if RANK:
-        return from_first(None)
-    names = (Path(f"runs/{config.method}-{config.seed}-{n}") for n in itertools.count())
-    used = list(itertools.takewhile(Path.exists, names))
-    folder = Path(config.out) if config.out else next(  # a folder without a checkpoint is free
-        (p for p in used if not (p / "state.pt").exists() and not config.resume),
-        used[-1] if used and config.resume else Path(f"runs/{config.method}-{config.seed}-{len(used)}"))
-    if config.resume and not folder.is_dir():
-        fail(f"nothing to resume: there is no run in {folder}")
-    if not config.resume and (folder / "state.pt").exists():
-        fail(f"{folder} holds a run already; go on with --resume or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"cannot write to the output folder {folder}: {e.strerror}")
-    return from_first(folder)
-
-
-def judge(trajectories: list[Trajectory], problems) -> None:
-    """Reward each trajectory 1 or 0 by the gold answer of its group's problem."""
-    for t in trajectories:
-        t.reward = float(verify(extract_answer(t.text), problems[t.group][1]))
-
-
-def set_advantages(trajectories: list[Trajectory], rewards: list[float]) -> None:
-    """Write group_advantages(rewards) into the trajectories."""
-    groups = torch.tensor([t.group for t in trajectories])
-    for t, a in zip(trajectories, group_advantages(torch.tensor(rewards), groups).tolist()):
-        t.advantage = a
-
-
-def rollout(model, tokenizer, problems, n: int, config, keep=False) -> list[Trajectory]:
-    """n responses to each (question, gold) pair, group i belonging to problem i."""
-    starts = [Trajectory(encode_prompt(tokenizer, q, config), group=i) for i, (q, _) in enumerate(problems)]
-    return sample(model, tokenizer, [s for s in starts for _ in range(n)], config, keep=keep)
-
-
-def explore(model, tokenizer, psa, cvae, problems, config) -> tuple[list[Trajectory], list[Trajectory], list, dict]:
-    """I²B-LPO's stages 1 and 2 on a batch of problems: (candidates, kept ones with their advantages, families: (parent, its
-    branches) each, what is logged).
-
-    At most as many tokens are sampled as `grpo` would with `rollouts` responses of the same mean length.
-    """
-    candidates = kept = rollout(model, tokenizer, problems, config.initial, config, keep=True)
-    spent, families, log = sum(len(t.response) for t in candidates), [], defaultdict(list)
-    budget = len(problems) * config.rollouts * spent / len(candidates) - spent
-    for _ in range(config.ib_rounds):
-        new = [(p, c) for p, c in zip(kept, branch(model, tokenizer, psa, cvae, kept, config, budget)) if c]
-        families += new
-        candidates = candidates + [t for _, children in new for t in children]
-        budget -= sum(len(t.response) - t.start for _, children in new for t in children)
-        judge(candidates, problems)
-        scores = ib_scores(model, tokenizer, candidates, problems, config)
-        rewards, groups, lengths = torch.tensor([(t.reward, t.group, len(t.response)) for t in candidates]).T
-        always = set(map(id, kept)) if config.filter_scope == "branches" else set()
-        indices = select_top_n(scores, rewards, lengths, groups, config.keep, [id(t) in always for t in candidates])
-        kept = [candidates[i] for i in indices]
-    if config.ib_reward:
-        rewards = rewards + config.ib_reward * (scores - scores.mean()) / (scores.std() + 1e-4)
-    if config.baseline == "candidates":
-        set_advantages(candidates, rewards.tolist())
-    else:
-        set_advantages(kept, rewards[indices].tolist())
-    assign_credit(candidates, kept, families, config)
-    for parent, children in families:
-        at = children[0].start
-        log["branch_place"].append(at / len(parent.response))
-        log["branch_entropy_ratio"].append(parent.entropy[at].item() / max(parent.entropy.mean().item(), 1e-9))
-        log["sibling_similarity"] += [difflib.SequenceMatcher(None, a.response[at:], b.response[at:], False).ratio()
-                                      for a, b in itertools.combinations(children, 2)]
-    dropped = sorted(set(range(len(candidates))) - set(indices))
-    metrics = {key: sum(v) / len(v) for key, v in log.items() if v} | {
-        "gamma": psa.gamma if psa else 0.0, "kept": len(kept) / len(candidates),
-        "kept_branches": sum(t.memory is None for t in kept) / len(kept), "ib_kept": scores[indices].mean().item(),
-        "ib_dropped": scores[dropped].mean().item() if dropped else 0.0}
-    for t in candidates:
-        t.memory = None  # the parents' caches would otherwise sit beside the update's activations
-    return candidates, kept, families, metrics
-
-
-def assign_credit(candidates: list[Trajectory], kept: list[Trajectory], families, config) -> None:
-    """Two corrections of the kept trajectories' advantages, which arrive as floats. [O]
-
-    reweight: the filter looks at a*, so that among wrong ways it keeps those that were lucky, and what it drops would
-    never be punished. So the kept of a prompt with one reward stand for all of its candidates with that reward.
-    credit "family": tokens before t* get the sum of the advantages of all that went on from them, parent and branches.
-    At ratio 1, and but for the mean's denominator, this is the gradient of every branch trained in full, each token once.
-    """
-    advantage = {id(t): t.advantage for t in candidates}
-    if config.reweight:
-        all_of, kept_of = (Counter((t.group, t.reward) for t in ts) for ts in (candidates, kept))
-        for t in kept:
-            t.advantage *= all_of[t.group, t.reward] / kept_of[t.group, t.reward]
-    if config.credit == "family":
-        for parent, children in families:
-            parent.advantage = parent.advantage * torch.ones(len(parent.response))
-            parent.advantage[:children[0].start] = sum(advantage[id(t)] for t in [parent, *children])
-
-
-def collect(model, tokenizer, psa, cvae, problems, config, rng: random.Random) -> tuple[list[Trajectory], dict]:
-    """The batch of one step and what is logged of it.
-
-    dapo samples further prompts in the place of those whose rewards are all equal (dynamic sampling, at most three
-    times), and leaves responses cut at the length limit out of the loss (overlong filtering).
-    """
-    size, log = min(config.prompts_per_step, len(problems)), {}
+    # 3. roll out, branch where the policy hesitates, keep what is informative and short;
+    #    advantages are relative to all candidates
+    began = time.time()
     if config.method == "iiblpo":
-        everything, batch, _, log = explore(model, tokenizer, psa, cvae, rng.sample(problems, size)[RANK::WORLD], config)
+        batch = share(chosen[:config.prompts_per_step])
+        candidates, kept, _ = explore(model, tokenizer, latents, batch, config)
+        set_advantages(candidates, kept)
     else:
-        everything, batch, rounds = [], [], 3 if config.method == "dapo" else 1
-        wanted = len(range(size)[RANK::WORLD])
-        while rounds and (missing := wanted - len({t.group for t in batch})):
-            chosen = rng.sample(problems, size)[RANK::WORLD][:missing]
-            new = rollout(model, tokenizer, chosen, config.rollouts, config)
-            judge(new, chosen)
-            set_advantages(new, [t.reward for t in new])
-            for t in new:
-                t.group += len(everything) // config.rollouts
-            everything, rounds = everything + new, rounds - 1
-            batch += [t for t in new if t.advantage != 0 or config.method != "dapo"]
-        if config.method == "dapo":
-            batch = [t for t in batch if t.complete]
-    return batch, rollout_metrics(everything) | {"trained": len(batch)} | log
+        candidates, kept = baseline_rollouts(model, tokenizer, chosen, config)
+        set_advantages(candidates, candidates)
+
+    # 4. policy gradient of the bare policy
+    explored = time.time()
+    metrics |= update(model, optimizer, kept, config)
+
+    # 5. log
+    metrics |= {"rollout_s": explored - began, "update_s": time.time() - explored}
+    return rollout_metrics(candidates) | metrics
 
 
-@torch.no_grad()
-def latent_tv(model, tokenizer, psa, cvae, problems, config) -> float:
-    """What the latents do: the mean total-variation distance between the next-token distributions at t* under two latents
-    of the same prefix, at γ = psa_gamma.
-    """
-    psa.gamma, distances = config.psa_gamma, []
-    parents = rollout(model, tokenizer, problems, 1, config, keep=True)
-    for children in branch(model, tokenizer, psa, cvae, parents, config):
-        prefixes = [replace(t, response=t.response[:t.start]) for t in children]
-        with psa.steer(model, prefixes):
-            ids = torch.tensor([t.prompt + t.response for t in prefixes], device=model.device)
-            p = model(ids).logits[:, -1].softmax(-1)
-        distances += [0.5 * (a - b).abs().sum().item() for a, b in itertools.combinations(p, 2)]
-    return sum(distances) / max(1, len(distances))
+# ==================================================================================================
+# What only I²B-LPO needs: passes over whole responses, the baselines' rollouts, two looks inside
 
-
-def cvae_pairs(model, tokenizer, problems, config, rng: random.Random, fresh=False) -> list[Trajectory]:
-    """Responses to train the CVAE on: demonstrations where the task has them, else correct rollouts (all, if under 10)."""
-    if config.dataset == "chain" and not fresh:
-        return [Trajectory(encode_prompt(tokenizer, q, config), tokenizer(demonstration(q, rng)).input_ids +
-                           [tokenizer.eos_token_id]) for q, _ in rng.sample(problems, min(config.cvae_pairs, len(problems)))]
-    chosen = rng.sample(problems, min(max(1, config.cvae_pairs // config.rollouts), len(problems)))
-    responses = rollout(model, tokenizer, chosen, config.rollouts, config)
-    judge(responses, chosen)
-    right = [t for t in responses if t.reward]
-    return right if len(right) >= 10 else responses
-
-
-def rollout_metrics(trajectories: list[Trajectory]) -> dict:
-    """What is logged of a step's trajectories. eff_rate: prompts whose rewards differ, the only ones that teach; pass@k: that
-    have a right response; distinct_correct: different right responses a prompt; entropy: mean over sampled tokens, nats.
-    """
-    rewards, right = defaultdict(set), defaultdict(set)
-    for t in trajectories:
-        rewards[t.group].add(t.reward)
-        right[t.group] |= {t.text} if t.reward else set()
-    own = sum(len(t.response) - t.start for t in trajectories)
-    return {"reward": sum(t.reward for t in trajectories) / len(trajectories),
-            "eff_rate": sum(len(r) > 1 for r in rewards.values()) / len(rewards),
-            "pass@k": sum(map(bool, right.values())) / len(rewards),
-            "distinct_correct": sum(map(len, right.values())) / len(rewards),
-            "entropy": sum(t.entropy[t.start:].sum().item() for t in trajectories) / own,
-            "length": sum(len(t.response) for t in trajectories) / len(trajectories),
-            "tokens_sampled": own, "trajectories": len(trajectories)}
-
-
-def check_lengths(model, tokenizer, problems, config) -> None:
-    """Fail where the longest prompt and response do not fit into the model's context."""
-    longest = max(len(encode_prompt(tokenizer, q, config)) for q, _ in problems) + config.max_new_tokens
-    if longest > (limit := getattr(model.config, "max_position_embeddings", longest)):
-        fail(f"the longest prompt and max_new_tokens make {longest} tokens, the model's context holds {limit}")
-
-
-def load_state(folder: Path, device) -> dict:
-    """What state.pt of a run holds; fails with one line where there is none, or where it cannot be read."""
-    try:
-        return torch.load(folder / "state.pt", map_location=device, weights_only=True)
-    except FileNotFoundError:
-        fail(f"there is no {folder}/state.pt: no run with a checkpoint")
-    except Exception as e:  # whatever unpickling raises
-        fail(f"cannot read {folder}/state.pt: {one_line(e)}")
-
-
-def restore(folder: Path, config, parts: dict) -> dict:
-    """The state of a new run, or with --resume that of the last checkpoint, if there is one yet, whose numbers are loaded
-    into `parts` (name: module or optimizer). What stands in the folder beyond the state goes. Fails where the configuration
-    is another.
-    """
-    state = {"step": 0, "token": 0, "bad": 0, "before": None, "report": {}, "config": asdict(config)}
-    if config.resume and (folder / "state.pt").exists():
-        saved = load_state(folder, next(parts["model"].parameters()).device)
-        free = {"resume", "out", "max_steps", "max_tokens", "save_every", "config", "compare", "seeds", "jobs"}  # may change
-        other = [k for k in state["config"] if k not in free and state["config"][k] != saved["config"].get(k)]
-        if other:
-            fail(f"{folder} was made with another configuration: " + ", ".join(
-                f"{k} {saved['config'].get(k)!r}, now {state['config'][k]!r}" for k in other))
-        for name, part in parts.items():
-            part.load_state_dict(saved.pop(name))
-        state = saved | {"config": state["config"]}
-    if RANK:
-        return state
-    for left in folder.glob("*.tmp"):
-        remove(left)
-    log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines()[:state["step"]] if state["step"] else []
-    save_atomically(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
-    return state
-
-
-def save(folder: Path, tokenizer, state: dict, parts: dict) -> None:
-    """Write the checkpoint: model/ for `from_pretrained`, state.pt for --resume."""
-    if RANK:
-        return
-    save_atomically(folder / "model", lambda path: (parts["model"].save_pretrained(path), tokenizer.save_pretrained(path)))
-    save_atomically(folder / "state.pt", lambda path: torch.save(
-        state | {name: part.state_dict() for name, part in parts.items()}, path))
-
-
-def run_steps(config, folder: Path, tokenizer, state: dict, parts: dict, one_step) -> None:
-    """Call one_step(step, rng) -> metrics until max_steps or max_tokens; log each, warm the learning rate up, save.
-
-    Every step seeds itself from (seed, step): a resumed run needs no saved random state to go on exactly. Ctrl-C ends the
-    run after the step, with a checkpoint; a second one ends it at once.
-    """
-    unit, total = ("token", config.max_tokens) if config.max_tokens else ("step", config.max_steps)
-    bar = tqdm(total=total, initial=state[unit], desc=config.method, unit=unit, unit_scale=unit == "token",
-               disable=RANK > 0 or None)
-    interrupted, stop, log = [], False, folder / "metrics.jsonl"
-
-    def interrupt(*_):
-        if interrupted:
-            raise KeyboardInterrupt
-        interrupted.append(True)
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        if not state["step"]:
-            save(folder, tokenizer, state, parts)
-        while state["step"] < config.max_steps and (unit == "step" or state["token"] < total) and not stop:
-            step = state["step"]
-            rng = random.Random(f"{config.seed} {step}")
-            torch.manual_seed(rng.getrandbits(62) + RANK)
-            for group in parts["optimizer"].param_groups:
-                group["lr"] = config.lr * group["scale"] * min(1.0, (step + 1) / max(1, config.lr_warmup))
-            metrics = over_processes(one_step(step, rng), ("tokens_sampled", "trajectories"))
-            if RANK == 0:
-                with log.open("a") as f:
-                    f.write(json.dumps({"step": step, **metrics}) + "\n")
-            bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "eff_rate", "entropy")}, refresh=False)
-            bar.update(1 if unit == "step" else metrics["tokens_sampled"])
-            state |= {"step": step + 1, "token": state["token"] + metrics["tokens_sampled"],
-                      "bad": state["bad"] + 1 if metrics["skipped"] else 0}
-            if state["bad"] == 5:
-                fail(f"the loss or its gradient was not finite in 5 steps in a row (the last: step {step}); lower --lr, or "
-                     f"resume from {folder}/state.pt")
-            if state["step"] % config.save_every == 0:
-                save(folder, tokenizer, state, parts)
-            stop = any(over_processes({"stop": len(interrupted)}).values())
-    except OSError as e:
-        fail(f"cannot write {log}: {one_line(e)}; mend that and go on with --resume --out {folder}")
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        bar.close()
-    save(folder, tokenizer, state, parts)
-    if stop:
-        print(f"stopped after {state['step']} steps; go on with the same command and --resume --out {folder}",
-              file=sys.stderr)
-        raise SystemExit(130)
-
-
-def summarize(config, folder: Path, state: dict, after: dict, started: float) -> dict:
-    """Write summary.json, print the before/after table, return the summary."""
-    summary = {"before": state["before"], "after": after, **state["report"], "config": asdict(config),
-               "seconds": round(time.time() - started, 1)}
-    if RANK == 0:
-        save_atomically(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
-    print(f"\n{config.eval_prompts} held-out problems, {config.eval_samples} samples each (k = {config.eval_samples})\n"
-          f"{'':18}{'before':>9}{'after':>9}")
-    for key, value in summary["before"].items():
-        print(f"{key:18}{value:9.3f}{after[key]:9.3f}")
-    print(f"{summary['seconds']:.0f} s; everything is in {folder}")
-    return summary
-
-
-def latents(model, config) -> tuple[PseudoSelfAttention | None, LatentCVAE | None]:
-    """What makes and injects latents, new; (None, None) for the methods and the branch_mode without them."""
-    if config.method != "iiblpo":
-        return None, None
-    require_llama_like(model)
-    if config.branch_mode == "random":
-        return None, None
+def prepare(model, config):
+    """What is trained besides the policy: (cvae, psa), or nothing without latents."""
+    if config.method != "iiblpo" or config.branch_mode == "random":
+        return torch.nn.ModuleList()
+    if not hasattr(model.base_model, "layers") or "RMSNorm" not in str(model.base_model.layers[0]):
+        fail(f"latents need model.layers with RMSNorm (as in Qwen2, Qwen3 or Llama), unlike "
+             f"{type(model).__name__}; --branch_mode random and the baselines take it")
     cvae = LatentCVAE(model.config.hidden_size, config.z_dim)
-    return PseudoSelfAttention(model, config).to(model.device), cvae.to(model.device)
+    return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
 
+def last_states(model, batch):
+    """Last hidden states [B, P + T, H] of whole trajectories, their token ids [B, P + T], and P.
 
-def train(config: Config) -> dict:
-    """Evaluate, train the CVAE, train the policy, evaluate again; returns the summary."""
-    started = time.time()
-    start_processes(config)
-    torch.manual_seed(config.seed)
-    problems, heldout = load_problems(config)
-    folder = output_folder(config)
-    model, tokenizer = load_policy(config)
-    check_lengths(model, tokenizer, problems + heldout, config)
-    reference = load_policy(config)[0] if config.kl else None  # from where the run began, also when it is resumed
-    psa, cvae = latents(model, config)
-    parameters = [{"params": list(model.parameters()), "scale": 1.0}]
-    if psa is not None:
-        parameters.append({"params": list(psa.parameters()), "scale": config.psa_lr})
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    parts = {"model": model, "optimizer": optimizer} | ({"psa": psa, "cvae": cvae} if psa is not None else {})
-    state = restore(folder, config, parts)
-
-    def new_cvae(rng, fresh):
-        pairs = cvae_pairs(model, tokenizer, problems, config, rng, fresh) if RANK == 0 else None
-        report = from_first(train_cvae(cvae, model, pairs, config) if RANK == 0 else None)
-        cvae.load_state_dict(from_first({k: v.cpu() for k, v in cvae.state_dict().items()}))
-        return report
-
-    if state["before"] is None:
-        state["before"] = evaluate(model, tokenizer, heldout, config)
-        if cvae is not None:
-            state["report"]["cvae"] = new_cvae(random.Random(config.seed), fresh=False)
-
-    def one_step(step, rng):
-        t0 = time.time()
-        if psa is not None:
-            psa.gamma = psa_gamma(step, config)
-            if config.cvae_refresh and step and step % config.cvae_refresh == 0:
-                new_cvae(rng, fresh=True)
-        batch, metrics = collect(model, tokenizer, psa, cvae, problems, config, rng)
-        t1 = time.time()
-        metrics |= update(model, optimizer, batch, config, reference, psa)
-        return metrics | {"rollout_s": round(t1 - t0, 3), "update_s": round(time.time() - t1, 3)}
-
-    run_steps(config, folder, tokenizer, state, parts, one_step)
-    if psa is not None:
-        state["report"]["cvae"]["latent_tv"] = latent_tv(model, tokenizer, psa, cvae, heldout[:32], config)
-    return summarize(config, folder, state, evaluate(model, tokenizer, heldout, config), started)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What looks at runs.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def compare(config, argv: list[str]) -> dict:
-    """Train each variant of `compare` with seeds 0 ... `seeds` - 1, all from one warm start; returns their table.
-
-    A variant is a method, or one with other settings: grpo, iiblpo+keep=6+kappa=0. Runs stand in OUT/VARIANT-SEED, finished
-    ones are taken as they are, broken ones go on.
+    Prompts are padded on the left, responses on the right: column P + t is token t of every row.
     """
-    if WORLD > 1:
-        fail("--compare starts processes of its own: run it without torchrun")
-    folder, variants = Path(config.out or "runs/compare"), config.compare.split(",")
-    waiting, running = [], []
-    outs = {(seed, v): folder / f"{v.replace(' ', ',')}-{seed}" for seed in range(config.seeds) for v in variants}
-    for (seed, variant), out in outs.items():
-        method, *settings = variant.split("+")
-        flags = [*argv, "--compare=", "--method", method, "--seed", str(seed), "--out", str(out)]
-        for key, _, value in (s.partition("=") for s in settings):
-            flags += [f"--{key}", *value.split(" ")]
-        parse_config(type(config), Path(__file__).stem, flags)  # a mistake ends the program here
-        if not (out / "summary.json").exists():
-            waiting.append((out, flags + ["--resume"] * out.exists()))
-    if waiting:
-        load_policy(config)  # the warm start, once for all
-    threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
-    bar = tqdm(total=len(outs), initial=len(outs) - len(waiting), desc="compare", unit="run")
-    while waiting or running:
-        while waiting and len(running) < config.jobs:
-            out, flags = waiting.pop(0)
-            out.mkdir(parents=True, exist_ok=True)
-            with (out / "log.txt").open("a") as log:
-                running.append((out, subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log,
-                                                      env={"OMP_NUM_THREADS": threads, **os.environ})))
-        time.sleep(0.2)
-        for out, process in [job for job in running if job[1].poll() is not None]:
-            running.remove((out, process))
-            bar.update()
-            if process.returncode:
-                for _, other in running:
-                    other.terminate()
-                last = ((out / "log.txt").read_text().splitlines() or [""])[-1]
-                fail(f"{out} ended with code {process.returncode}: {last}")
-    bar.close()
-    return compare_runs(folder, {v: [outs[seed, v] for seed in range(config.seeds)] for v in variants})
+    P, T = max(len(t.prompt) for t in batch), max(len(t.response) for t in batch)
+    ids = torch.zeros(len(batch), P + T, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, t in enumerate(batch):
+        columns = slice(P - len(t.prompt), P + len(t.response))
+        ids[row, columns] = torch.tensor(t.prompt + t.response)
+        mask[row, columns] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0).to(DEVICE)
+    ids, mask = ids.to(DEVICE), mask.to(DEVICE)
+    with autocast():
+        states = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                  use_cache=False).last_hidden_state
+    return states, ids, P
 
-
-def compare_runs(folder: Path, variants: dict[str, list[Path]]) -> dict:
-    """Table of variants, each a list of its runs' folders by seed, printed and written to compare.json: mean ± standard
-    error over seeds, and that of the difference to the first variant with the same seed. `last` is a run's mean over its
-    last five steps.
-    """
-    def mean_and_error(x):
-        mean = sum(x) / len(x)
-        return mean, math.sqrt(sum((v - mean) ** 2 for v in x) / max(1, len(x) - 1) / len(x))
-
-    results = {variant: [] for variant in variants}
-    for variant, outs in variants.items():
-        for out in outs:
-            last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-5:]]
-            results[variant].append(json.loads((out / "summary.json").read_text())["after"] | {
-                "last": {k: sum(step.get(k, 0.0) for step in last) / len(last) for k in last[-1]}})
-    first = next(iter(results.values()))
-    table, width = {}, max(map(len, variants)) + 2
-    print(f"\n{len(first)} seeds, mean ± standard error; below, the paired difference to {next(iter(variants))}")
-    print(f"{'':{width}}" + "".join(f"{key:>20}" for key in ("pass@1", "pass@k", "distinct_correct")))
-    for variant, runs in results.items():
-        table[variant] = {"runs": runs}
-        for key in [k for k in runs[0] if k != "last"]:
-            values, base = [r[key] for r in runs], [r[key] for r in first]
-            table[variant][key] = {"mean ± error": mean_and_error(values),
-                                   "difference ± error": mean_and_error([a - b for a, b in zip(values, base)])}
-        for name, kind in ((variant, "mean ± error"), ("", "difference ± error"))[:1 + (runs is not first)]:
-            cells = [table[variant][k][kind] for k in ("pass@1", "pass@k", "distinct_correct")]
-            cells = ["{:{}.3f} ± {:.3f}".format(value, "" if name else "+", error) for value, error in cells]
-            print(f"{name:{width}}" + "".join(f"{cell:>20}" for cell in cells))
-    save_atomically(folder / "compare.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
-    return table
-
-
-def import_pyplot():
-    """matplotlib's pyplot, which only pictures need; fails with one line where it is missing."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        fail("--plot needs matplotlib: pip install matplotlib")
-    return pyplot
-
-
-def plot(config) -> dict:
-    """Learning curves of the runs in the folders `plot` (a comparison's folder stands for all of its runs) over the tokens
-    sampled, mean and range over runs whose names differ in the seed only, as an SVG file OUT.
-    """
-    pyplot = import_pyplot()
-    logs = [log for folder in map(Path, config.plot)
-            for log in sorted({*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")})]
-    variants, bins = defaultdict(list), 25
-    for log in logs:
-        steps = [json.loads(line) for line in log.read_text().splitlines()]
-        if steps:
-            variants[re.sub(r"(-\d+)+$", "", log.parent.name)].append(steps)
-    if not variants:
-        fail(f"no metrics.jsonl with steps in {', '.join(config.plot)}")
-    names = {"reward": "reward", "eff_rate": "Eff-Rate", "entropy": "token entropy (nats)",
-             "pass@k": "pass@k (of the rollouts)", "distinct_correct": "different correct responses",
-             "length": "tokens a response", "cov": "Cov(η₁, η₂)", "ib_score": "IB-Score"}
-    names = {k: v for k, v in names.items() if any(k in runs[0][0] for runs in variants.values())}
-    longest = max(sum(s["tokens_sampled"] for s in run) for runs in variants.values() for run in runs)
-    pyplot.rcParams.update({f"{part}.color": "#808080" for part in ("text", "xtick", "ytick")} | {  # legible on light and dark
-        "axes.edgecolor": "#808080", "axes.labelcolor": "#808080", "svg.hashsalt": "0", "svg.fonttype": "none",
-        "font.size": 9})
-    figure, axes = pyplot.subplots(2, math.ceil(len(names) / 2), figsize=(3.2 * math.ceil(len(names) / 2), 5), squeeze=False)
-    for axis, key in itertools.zip_longest(axes.flat, names):
-        if key is None:
-            axis.set_visible(False)
-            continue
-        for color, (variant, runs) in zip(itertools.cycle(("#e07b39", "#3a86c8", "#3fa66b", "#b565c9", "#c9a227", "#d1495b")),
-                                          variants.items()):
-            curves = []  # one a run: {bin: mean}
-            for run in runs:
-                tokens, values = itertools.accumulate(s["tokens_sampled"] for s in run), defaultdict(list)
-                for total, s in zip(tokens, run):
-                    if key in s:
-                        values[min(bins - 1, int(bins * total / longest))].append(s[key])
-                curves.append({b: sum(v) / len(v) for b, v in values.items()})
-            x = sorted(set.intersection(*map(set, curves)))
-            across = [[curve[b] for curve in curves] for b in x]
-            millions = [(b + 0.5) * longest / bins / 1e6 for b in x]
-            axis.plot(millions, [sum(v) / len(v) for v in across], color=color, label=f"{variant} ({len(runs)})")
-            axis.fill_between(millions, list(map(min, across)), list(map(max, across)), color=color, alpha=0.2, linewidth=0)
-        axis.set_title(names[key], fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("tokens sampled, millions")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    path = Path(config.out or "runs/curves.svg")
-    save_atomically(path, lambda temporary: figure.savefig(temporary, format="svg", transparent=True,
-                                                           metadata={"Date": None}))
-    pyplot.close(figure)
-    print(f"{sum(map(len, variants.values()))} runs of {', '.join(variants)} in {path}")
-    return {variant: len(runs) for variant, runs in variants.items()}
-
-
-def shaded(pieces: list[str], heat: list[float], indent: int) -> str:
-    """Text pieces in lines of at most 80 columns, shaded by their heat (0 to 1): as background in a terminal, as bars below
-    in plain text and with NO_COLOR. What cannot be printed is a dot, the end of a line ↵.
-    """
-    rows, column, color = [[]], 0, sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for c, h in ((c, h) for piece, h in zip(pieces, heat) for c in piece):
-        width = 2 if unicodedata.east_asian_width(c) in ("W", "F") else 1
-        if column + width > 80 - indent:
-            rows, column = rows + [[]], 0
-        rows[-1].append((c if c.isprintable() else "↵" if c == "\n" else "·", h, width))
-        column += width
-    lines = []
-    for row in rows:
-        if color:
-            colors = 231, 230, 223, 216, 209, 202
-            lines.append("".join(f"\033[30;48;5;{colors[round(5 * h)]}m{c}" for c, h, _ in row) + "\033[0m")
-        else:
-            bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * h)] * width for _, h, width in row)
-            lines += ["".join(c for c, _, _ in row), bars.rstrip()]
-    return "\n".join(" " * indent + line for line in lines if line)
-
-
-def show_branches(config) -> list[tuple]:
-    """Print one held-out problem's rollouts as the method sees them: parents shaded by entropy (1 bar: 0, full: ln 4 nats and
-    more), t* marked by ▸, and each response's reward, Î, Ĥ, S_IB and fate. The policy is OUT's, or the warm start.
-    """
-    torch.manual_seed(config.seed)
-    problems, heldout = load_problems(config)
-    model, tokenizer = load_policy(config)
-    require_llama_like(model)
-    psa, cvae = latents(model, config)
-    if config.out:
-        saved = load_state(Path(config.out), model.device)
-        for name, part in {"model": model, "psa": psa, "cvae": cvae}.items():
-            if part is not None and name in saved:
-                part.load_state_dict(saved[name])
-        step = saved["step"]
-    elif psa is not None:
-        train_cvae(cvae, model, cvae_pairs(model, tokenizer, problems, config, random.Random(config.seed)), config)
-        step = 0
-    if psa is not None:
-        psa.gamma = psa_gamma(step, config)
-    problem = heldout[config.seed % len(heldout)]
-    candidates, kept, families, _ = explore(model, tokenizer, psa, cvae, [problem], config)
-    gain = answer_gain(model, tokenizer, candidates, [problem[1]] * len(candidates), config).tolist()
-    scores = ib_scores(model, tokenizer, candidates, [problem], config).tolist()
-    of, branches = {id(t): (i, s) for t, i, s in zip(candidates, gain, scores)}, {id(p): c for p, c in families}
-    print(f"{problem[0]}  answer {problem[1]}; γ = {psa.gamma if psa else 0:.2f}, β = {config.beta}")
-
-    def family(t, depth):
-        children = branches.get(id(t), [])
-        print(f"{'    ' * depth}{'branch' if depth else 'rollout'}: reward {t.reward:.0f}  Î {of[id(t)][0]:+.2f}  "
-              f"Ĥ {t.entropy.sum():.2f}  S_IB {of[id(t)][1]:+.2f}  {'kept' if any(t is k for k in kept) else 'dropped'}")
-        pieces = [tokenizer.decode([token]) for token in t.response]
-        if children:
-            pieces[children[0].start] = "▸" + pieces[children[0].start]
-        print(shaded(pieces[t.start:], (t.entropy / math.log(4)).clamp(max=1).tolist()[t.start:], 4 * depth + 2))
-        for child in children:
-            family(child, depth + 1)
-
-    for t in candidates[:config.initial]:
-        family(t, 0)
-    return [(t, *of[id(t)]) for t in candidates]
-
-
-# Difficulty-sensitive attention heads [P]: the difficulty of a prompt is 1 - its pass rate; of each head's output at the last
-# prompt token a ridge probe predicts it; its Spearman correlation on prompts the probe has not seen is the head's score.
-
+def token_logps(model, batch):
+    """ln π(o_t) and H_t of trajectories' own tokens, and their mask: three [B, T] tensors."""
+    states, ids, P = last_states(model, batch)
+    t = torch.arange(ids.shape[1] - P)
+    begin = torch.tensor([t.start for t in batch])[:, None]
+    end = torch.tensor([len(t.response) for t in batch])[:, None]
+    mask = ((begin <= t) & (t < end)).to(DEVICE)
+    with autocast():
+        flat_logp, flat_entropy = score(model, states[:, P - 1:-1][mask], ids[:, P:][mask])
+    zeros = torch.zeros(mask.shape, device=DEVICE)
+    return zeros.masked_scatter(mask, flat_logp), zeros.masked_scatter(mask, flat_entropy), mask
 
 @torch.no_grad()
-def head_features(model, prompts: list[list[int]], config) -> torch.Tensor:
-    """Each head's output at the last token of each prompt, before the output projection: [B, layers, heads, D]."""
-    layers, heads = model.base_model.layers, model.config.num_attention_heads
-    result = [None] * len(prompts)
-    for rows in micro_batches(range(len(prompts)), config.micro_tokens, lambda i: len(prompts[i])):
-        ids, seen = pad([torch.tensor(prompts[i]) for i in rows]).to(model.device), []
-        last = torch.tensor([len(prompts[i]) - 1 for i in rows], device=ids.device)
-        hooks = [layer.self_attn.o_proj.register_forward_pre_hook(
-            lambda module, args: seen.append(args[0][torch.arange(len(rows), device=ids.device), last])) for layer in layers]
-        try:
-            with autocast(model):
-                model.base_model(input_ids=ids, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for j, i in enumerate(rows):
-            result[i] = torch.stack([x[j].view(heads, -1) for x in seen]).float().cpu()
-    return torch.stack(result)
+def features(model, batch):
+    """e(c) and e(o_>=t*): mean last hidden states of prefixes and continuations, two [B, H]."""
+    states, _, P = last_states(model, batch)
+    prefixes, continuations = [], []
+    for t, h in zip(batch, states.float()):
+        prefixes.append(h[P - len(t.prompt):P + t.start].mean(0))
+        continuations.append(h[P + t.start:P + len(t.response)].mean(0))
+    return torch.stack(prefixes), torch.stack(continuations)
 
+def baseline_rollouts(model, tokenizer, chosen, config):
+    """(all, those to train on): `rollouts` responses to each of a step's problems, `chosen` first.
 
-def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Rank correlation of the columns of a and b [n, R], ties at their mean rank; 0 for a constant column: [R]."""
-    ranks = [(x[:, None] > x[None]).double().sum(1) + (x[:, None] == x[None]).double().sum(1) / 2 for x in (a, b)]
-    a, b = (r - r.mean(0) for r in ranks)
-    return (a * b).sum(0) / ((a ** 2).sum(0) * (b ** 2).sum(0)).sqrt().clamp(min=1e-12)
-
-
-def ridge_probe(x: torch.Tensor, y: torch.Tensor, x_new: torch.Tensor) -> torch.Tensor:
-    """Predictions [m, R] for x_new [m, D] of ridge regressions of the columns of y [n, R] on x [n, D], in closed form, each
-    with the strength of least leave-one-out error.
+    dapo takes further problems, up to twice, in the place of those whose rewards are all equal, and
+    leaves out what was cut at the length limit.
     """
-    mean, y_mean = x.mean(0), y.mean(0)
-    U, s, V = torch.linalg.svd(x - mean, full_matrices=False)
-    best, result = torch.full(y.shape[1:], math.inf, dtype=y.dtype), torch.zeros(len(x_new), y.shape[1], dtype=y.dtype)
-    for strength in s[0] ** 2 * 10.0 ** torch.arange(-4, 3, dtype=y.dtype):
-        shrink = s ** 2 / (s ** 2 + strength)
-        leverage = (U ** 2 * shrink).sum(1) + 1 / len(x)  # the diagonal of the hat matrix, intercept included
-        error = y - y_mean - U @ (shrink[:, None] * (U.T @ (y - y_mean)))
-        loo = ((error / (1 - leverage[:, None])) ** 2).mean(0)
-        new = y_mean + (x_new - mean) @ V.T @ ((shrink / s.clamp(min=1e-12))[:, None] * (U.T @ (y - y_mean)))
-        result, best = torch.where(loo < best, new, result), torch.minimum(loo, best)
-    return result
+    rounds = 3 if config.method == "dapo" else 1
+    waiting = share(chosen[:rounds * config.prompts_per_step])
+    wanted = len(share(chosen[:config.prompts_per_step]))
+    candidates, kept = [], []
+    for _ in range(rounds):
+        missing = wanted - len({t.group for t in kept})
+        new = sample(model, tokenizer, waiting[:missing] * config.rollouts, config)
+        waiting = waiting[missing:]
+        judge(new, config)
+        candidates += new
+        if config.method == "dapo":
+            counts = Counter((t.group, t.reward) for t in new)
+            new = [t for t in new if counts[t.group, t.reward] < config.rollouts]
+        kept += new
+    if config.method == "dapo":
+        kept = [t for t in kept if t.complete]
+    return candidates, kept
 
-
-def head_scores(features: torch.Tensor, difficulty: torch.Tensor, shuffles: int = 100) -> tuple[torch.Tensor, float]:
-    """(scores [layers, heads], chance): each head's Spearman correlation on the second half of the prompts, probed on the
-    first; chance is what the best of all heads reaches in 5 % of the shuffles of the difficulties.
-
-    features [P, layers, heads, D], difficulty [P].
-    """
-    n, generator = len(difficulty) // 2, torch.Generator().manual_seed(0)
-    orders = [torch.arange(len(difficulty))] + [torch.randperm(len(difficulty), generator=generator) for _ in range(shuffles)]
-    y = torch.stack([difficulty.double()[order] for order in orders], 1)  # [P, 1 + shuffles]
-    scores = torch.stack([spearman(ridge_probe(x[:n], y[:n], x[n:]), y[n:])
-                          for x in features.double().flatten(1, 2).unbind(1)])
-    chance = scores[:, 1:].max(0).values.quantile(0.95).item() if shuffles else 0.0
-    return scores[:, 0].view(features.shape[1:3]), chance
-
-
-def probe_heads(config) -> dict:
-    """Score the attention heads of OUT's policy, or of the warm start, on the held-out problems; print the map layers x
-    heads and the best, write heads.json to OUT (or runs/heads), and with --plot FOLDER a map heads.svg there.
-    """
-    pyplot = import_pyplot() if config.plot else None
-    problems = load_problems(config)[1]
+def show(config):
+    """Print how a held-out problem is explored, by the policy of the run `out` or at the start."""
     model, tokenizer = load_policy(config)
-    require_llama_like(model)
-    if config.out:
-        model.load_state_dict(load_state(Path(config.out), model.device)["model"])
+    problems, heldout = [encode(side, model, tokenizer, config) for side in load_problems(config)]
     torch.manual_seed(config.seed)
-    responses = rollout(model, tokenizer, problems, config.eval_samples, config)
-    judge(responses, problems)
-    difficulty = 1 - torch.tensor([t.reward for t in responses]).view(len(problems), -1).mean(1)
-    prompts = [encode_prompt(tokenizer, q, config) for q, _ in problems]
-    scores, chance = head_scores(head_features(model, prompts, config), difficulty)
-    top = sorted(((s, i, j) for i, row in enumerate(scores.tolist()) for j, s in enumerate(row)), reverse=True)[:10]
-    print(f"{len(problems)} problems, mean difficulty {difficulty.mean():.2f} ± {difficulty.std():.2f}; Spearman correlation "
-          f"of a head's probe\nwith it on the second half; the best of all heads reaches {chance:.2f} by chance (5 %)\n\nlayer")
-    for i, row in enumerate(scores):
-        shades = (4 * row / scores.max().clamp(min=1e-9)).round().int().clamp(0, 4).tolist()
-        print(f"{i:5}  " + "".join(" ░▒▓█"[s] * 2 for s in shades) + "  " + " ".join(f"{s:+.2f}" for s in row[:12]))
-    print("\nbest: " + ", ".join(f"layer {i} head {j} {s:+.2f}{'' if s > chance else ' (chance)'}" for s, i, j in top[:5]))
-    report = {"scores": scores.tolist(), "chance": chance, "top": [{"score": s, "layer": i, "head": j} for s, i, j in top],
-              "difficulty": difficulty.tolist()}
-    path = Path(config.out or "runs/heads") / "heads.json"
-    save_atomically(path, lambda temporary: temporary.write_text(json.dumps(report) + "\n"))
-    for folder in map(Path, config.plot):
-        figure, axis = pyplot.subplots(figsize=(1.5 + 0.35 * scores.shape[1], 1.2 + 0.35 * scores.shape[0]))
-        image = axis.imshow(scores.tolist(), vmin=0, cmap="magma", aspect="auto")
-        figure.colorbar(image, label=f"Spearman; chance {chance:.2f}")
-        axis.set(xlabel="head", ylabel="layer", xticks=range(scores.shape[1]), yticks=range(scores.shape[0]))
-        save_atomically(folder / "heads.svg", lambda temporary: figure.savefig(temporary, format="svg", bbox_inches="tight"))
-        pyplot.close(figure)
+    latents = prepare(model, config)
+    if config.out:
+        state = load_state(Path(config.out), config, {"model": model, "extra": latents})
+        for psa in latents[1:]:
+            psa.gamma = psa_gamma(len(state["log"]), config)
+    elif latents:
+        print(train_latents(model, tokenizer, latents, problems, config))
+    problem = heldout[config.seed % len(heldout)]
+    candidates, kept, scores = explore(model, tokenizer, latents, [problem], config)
+    print(f"{problem.question}  answer {problem.gold}; ▸ is t*")
+    for t, s in zip(candidates, scores.tolist()):
+        fate = "kept" if t in kept else "dropped"
+        print(f"\nreward {t.reward:.0f}, Ĥ {t.entropy.sum():.2f}, S_IB {s:+.2f}, {fate}:")
+        print(tokenizer.decode(t.response[:t.start]) + "▸" + tokenizer.decode(t.response[t.start:]))
+    return candidates
+
+# Difficulty-sensitive attention heads [P]: a prompt's difficulty is 1 - its pass rate. A ridge
+# probe predicts it from a head's output at the prompt's last token; the head's score is the
+# Spearman correlation of the two on prompts that the probe has not seen.
+
+@torch.no_grad()
+def head_outputs(model, problems):
+    """Each head's output at the last prompt token, before the projection: [B, layers, heads, D]."""
+    layers, seen, hooks = model.base_model.layers, [], []
+    for layer in layers:
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][0, -1].double().cpu())))
+    for t in problems:
+        model.base_model(torch.tensor([t.prompt], device=DEVICE))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(seen).view(len(problems), len(layers), model.config.num_attention_heads, -1)
+
+def spearman(a, b):
+    """Rank correlation of two [n], ties at their mean rank; 0 where one is constant."""
+    ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in (a, b)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()
+
+def ridge_probe(x, y, x_new):
+    """Predictions [m] for x_new [m, D] of a ridge regression of y [n] on standardised x [n, D]."""
+    mean, scale = x.mean(0), x.std(0) + 1e-6
+    x, x_new = (x - mean) / scale, (x_new - mean) / scale
+    penalty = 0.1 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    return y.mean() + x_new @ torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean()))
+
+def probe_heads(config):
+    """Score the attention heads of the policy of run `out`, or of the start; print and save."""
+    model, tokenizer = load_policy(config)
+    if config.out:
+        load_state(Path(config.out), config, {"model": model})
+    problems = share(encode(load_problems(config)[1], model, tokenizer, config))
+    if len(problems) < 4:
+        fail("--probe_heads needs 4 problems at least: more --eval_prompts")
+    torch.manual_seed(config.seed)
+    responses = sample(model, tokenizer, problems * config.eval_samples, config)
+    judge(responses, config)
+    rewards = torch.tensor([t.reward for t in responses], dtype=torch.double)
+    difficulty = 1 - rewards.view(-1, len(problems)).mean(0)
+    outputs, half = head_outputs(model, problems), len(problems) // 2
+    orders = [torch.arange(len(problems))] + [torch.randperm(len(problems)) for _ in range(20)]
+    scores = torch.zeros(len(orders), *outputs.shape[1:3])  # in order, and 20 times shuffled
+    for n, layer, head in itertools.product(*map(range, scores.shape)):
+        x, y = outputs[:, layer, head], difficulty[orders[n]]
+        scores[n, layer, head] = spearman(ridge_probe(x[:half], y[:half], x[half:]), y[half:])
+    chance = scores[1:].max().item()
+    print(f"mean difficulty {difficulty.mean():.2f}; by chance the best head has {chance:.2f}")
+    for layer, row in enumerate(scores[0].tolist()):
+        print(f"layer {layer:2}: " + " ".join(f"{value:+.2f}" for value in row))
+    report = {"scores": scores[0].tolist(), "chance": chance, "difficulty": difficulty.tolist()}
+    save_lines(Path(config.out or "runs") / "heads.json", [report])
     return report
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """The command line; returns the summary."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    config = parse_config(Config, "iiblpo", argv)
-    if config.compare:
-        return compare(config, argv)
-    if config.probe_heads:
-        return probe_heads(config)
-    return plot(config) if config.plot else show_branches(config) if config.show else train(config)
+# ==== Supporting code, which any RLVR script needs: the same words in both scripts ================
 
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+QUIET = True if RANK else None  # for tqdm; None: a bar where there is a terminal
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOGITS = 2 ** 25  # logits held at a time
+MAY_BE_0 = "max_tokens seed rollouts psa_layers psa_decay_steps cvae_refresh keep".split()
+AT_MOST = {"lr": 1, "habit": 1, "top_frac": 1, "clip_low": 1, "operands": 12, "z_dim": 4096}
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
+
+def token_entropy(logits):
+    """H_t = -Σ_v p_t(v) ln p_t(v), p_t the softmax of raw logits [..., V]; returns [...]. [P]"""
+    logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
+    return -(logp.exp() * logp).sum(-1)
+
+@torch.no_grad()
+def sample(model, tokenizer, begun, config, greedy=False, steer=None):
+    """Go on from each trajectory of `begun`, a prompt or a prefix, by `generate`; in order.
+
+    Temperature 1, nothing truncated: what is noted is the sampling distribution. steer(rows,
+    column): a context manager for going on from those rows of begun, behind that column.
+    """
+    def draw(_, logits):  # the next token is drawn and noted here; `generate` is left no choice
+        if not logits.isfinite().all():
+            raise FloatingPointError("the policy's logits are not finite")
+        logp = logits.log_softmax(-1)
+        token = torch.multinomial(logp.exp(), 1)
+        if greedy:
+            token = logp.argmax(-1, keepdim=True)
+        noted.append(torch.cat([logp.gather(1, token), token_entropy(logits)[:, None]], 1))
+        return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
+
+    results = list(begun)
+    longest = [len(t.prompt) + config.max_new_tokens for t in begun]
+    for rows in micro_batches(longest, config.generate_tokens):
+        ids = {"input_ids": [begun[row].prompt + begun[row].response for row in rows]}
+        inputs = tokenizer.pad(ids, return_tensors="pt").to(DEVICE)  # on the left
+        width = inputs["input_ids"].shape[1]
+        room = config.max_new_tokens - min(len(begun[row].response) for row in rows)
+        noted = []  # ln π and H, [B, 2] a token
+        with autocast(), steer(rows, width - 1) if steer else contextlib.nullcontext():
+            ids = model.generate(**inputs, max_new_tokens=room, logits_processor=[draw])
+        for row, new, notes in zip(rows, ids[:, width:].tolist(), torch.stack(noted, 1).cpu()):
+            t = begun[row]
+            new = new[:config.max_new_tokens - len(t.response)]
+            ends = [n for n, token in enumerate(new, 1) if token in stop_tokens(model)]
+            n = min(ends, default=len(new))
+            response = t.response + new[:n]
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            results[row] = replace(
+                t, response=response, text=text, start=len(t.response), complete=bool(ends),
+                logps=torch.cat([t.logps, notes[:n, 0]]),
+                entropy=torch.cat([t.entropy, notes[:n, 1]]))
+    return results
+
+def stop_tokens(model):
+    """The tokens that end a response; many chat models have several."""
+    eos = model.generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [eos]
+
+def score(model, states, targets):
+    """ln π of tokens `targets` [N] at hidden states [N, H], and H_t there: [2, N].
+
+    Logits are made in chunks, and again in the backward pass: all at once they are gigabytes.
+    """
+    def part(states, targets):
+        logits = model.get_output_embeddings()(states).float()
+        logp = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+        return torch.stack([logp, token_entropy(logits)])
+
+    size = max(1, LOGITS // model.config.vocab_size)
+    if len(states) <= size:
+        return part(states, targets)
+    chunks = zip(states.split(size), targets.split(size))
+    return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks], 1)
+
+def micro_batches(lengths, tokens):
+    """Lists of indices of items of like length, `tokens` at most (items x longest) or one item."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+def take_step(model, optimizer, config):
+    """An optimizer step by the gradients of all processes; returns their norm before clipping."""
+    for p in model.parameters():
+        if WORLD > 1:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError("the gradient is not finite")
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+def load_policy(config):
+    """The policy in fp32, and its tokenizer, padding on the left. Safetensors, no remote code."""
+    name = config.model
+    if name == "tiny":
+        if RANK == 0:
+            warm_start(config)
+        gather([])  # the other processes wait for it
+        name = warm_start(config)
+    elif name.startswith("Qwen") and "/" not in name and not Path(name).exists():
+        name = "Qwen/" + name
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(DEVICE)
+        # tokenizer.json as it is: AutoTokenizer may put the family's stock tokenizer in its place
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name, padding_side="left")
+    except Exception as e:  # whatever a hub, a network or a file raises
+        fail(f"cannot load the model {name}: {e}")
+    eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    if eos is None:
+        fail(f"{name} has no end-of-sequence token: no response would ever end")
+    # a model's own defaults (top-k 20, ...) would bend the distribution that ln π is taken of
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos)
+    tokenizer.pad_token_id = model.generation_config.pad_token_id = stop_tokens(model)[0]
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        fail(f"the tokenizer of {name} has more tokens ({len(tokenizer)}) than its model")
+    with torch.no_grad():
+        out = model(torch.tensor([stop_tokens(model)], device=DEVICE), output_hidden_states=True)
+    if not out.logits.allclose(model.get_output_embeddings()(out.hidden_states[-1]), atol=1e-3):
+        fail(f"{name} scales or caps its logits, or has none that are finite: not supported")
+    return model.eval(), tokenizer
+
+def tiny_tokenizer():
+    """One token a character, as an ordinary fast tokenizer."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n#"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+def warm_start(config):
+    """The folder of a Qwen2 of 0.64 M parameters, trained on demonstrations at the first call."""
+    made_by = [config.operands, config.warm_steps, config.prompt]
+    made_by += map(inspect.getsource, [warm_start, chain_questions, demonstration, reduce_at])
+    code = zlib.crc32(repr(made_by).encode())
+    folder = Path(f"runs/warm_start-habit-{config.habit}-{code:08x}")
+    if folder.exists():
+        return folder
+    save_lines(folder.parent / ".writable", [])  # fails now, if it must
+    torch.manual_seed(0)
+    rng, tokenizer = random.Random(0), tiny_tokenizer()
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(DEVICE)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
+    muon = torch.optim.Muon(matrices, weight_decay=0.0)  # takes half the steps of AdamW here
+    adam = torch.optim.AdamW(others, weight_decay=0.0)
+    for step in tqdm(range(config.warm_steps), "warm start", disable=QUIET):
+        digits = rng.randint(*config.operands)  # one length a batch: nothing to pad
+        questions = chain_questions(rng, [digits, digits], False, 64)
+        pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
+        problems = encode(pairs, model, tokenizer, config)
+        rows = [t.prompt + tokenizer(t.gold).input_ids + [1] for t in problems]
+        ids = torch.tensor(rows, device=DEVICE)
+        labels = ids.clone()
+        labels[:, :len(problems[0].prompt)] = -100
+        model(ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        pace = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)
+        for optimizer, lr in (muon, 0.02), (adam, 0.003):
+            optimizer.param_groups[0]["lr"] = lr * pace
+            optimizer.step()
+            optimizer.zero_grad()
+    save_atomically(folder, model.save_pretrained, tokenizer.save_pretrained)
+    return folder
+
+# The tiny task is chain arithmetic modulo 10. The prompt is "3+4*2=\n"; a response rewrites the
+# expression one reduction a line and ends with the answer: "3+8\n1\n#1". Demonstrations reduce
+# rightly, but by habit the leftmost operator, any other now and then: the warm-started policy knows
+# arithmetic, and seldom tries the order that precedence asks for.
+
+def reduce_at(expression, i):
+    """Do the operator at index i, modulo 10: ("3+4*2", 3) -> "3+8"."""
+    value = OPERATORS[expression[i]](int(expression[i - 1]), int(expression[i + 1])) % 10
+    return expression[:i - 1] + str(value) + expression[i + 2:]
+
+def chain_value(question):
+    """The value by ordinary precedence, modulo 10: "3+4*2=" -> "1"."""
+    expression = question.rstrip("=")
+    while len(expression) > 1:
+        expression = reduce_at(expression, max(1, expression.find("*")))
+    return expression
+
+def demonstration(question, rng, habit):
+    """A response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
+    expression, lines = question.rstrip("="), []
+    while len(expression) > 1:
+        at = 1
+        if rng.random() >= habit:
+            at = 2 * rng.randrange(len(expression) // 2) + 1
+        expression = reduce_at(expression, at)
+        lines.append(expression)
+    return "\n".join([*lines, "#" + expression])
+
+def chain_questions(rng, operands, heldout, n):
+    """n different questions. One in sixteen, by its checksum, is held out."""
+    found = {}
+    for _ in range(32 * n + 10_000):
+        question = str(rng.randrange(10))
+        for _ in range(rng.randint(*operands) - 1):
+            question += rng.choice("+-*") + str(rng.randrange(10))
+        if (zlib.crc32(question.encode()) % 16 == 0) == heldout:
+            found[question + "="] = True
+        if len(found) == n:
+            return list(found)
+    fail(f"there are not {n} problems with {operands} --operands, only {len(found)}")
+
+def load_problems(config):
+    """Lists of (question, gold answer): to train on, and `eval_prompts` held-out ones.
+
+    Of a local file the last rows, never more than half, are held out. No question is on both sides.
+    """
+    name, n = config.dataset, config.eval_prompts
+    if name == "chain":
+        train = chain_questions(random.Random(config.seed), config.operands, False, 4096)
+        heldout = chain_questions(random.Random(-1), config.operands, True, n)
+        return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
+    try:
+        if name == "gsm8k":
+            tables = datasets.load_dataset("openai/gsm8k", "main")
+        elif name == "math":
+            tables = datasets.load_dataset("DigitalLearningGmbH/MATH-lighteval")
+        else:
+            kind = Path(name).suffix[1:].replace("jsonl", "json")
+            rows = datasets.load_dataset(kind, data_files=name, split="train")
+            tables = rows.train_test_split(min(n, len(rows) // 2), shuffle=False)
+        train, heldout = read_rows(tables["train"], name), read_rows(tables["test"], name)[:n]
+    except Exception as e:  # whatever a hub, a network or a parser raises
+        fail(f"cannot load the dataset {name}: {e!r}")
+    known = dict(heldout)
+    train = [pair for pair in train if pair[0] not in known]
+    if not train:
+        fail(f"{name} has no problem to train on that is not held out")
+    return train, heldout
+
+def read_rows(table, name):
+    """(question, final answer) of each row of a `datasets` table."""
+    questions = {"question", "problem", "prompt"}.intersection(table.column_names)
+    answers = {"answer", "solution"}.intersection(table.column_names)
+    if not questions or not answers:
+        fail(f"{name} needs a column question, problem or prompt, and a column answer or solution; "
+             f"it has {', '.join(table.column_names)}")
+    pairs = []
+    for question, answer in zip(table[min(questions)], table[min(answers)]):
+        gold = extract_answer(str(answer)) or str(answer).strip()
+        if not question or answer is None or not 0 < len(gold) <= 300:
+            fail(f"{name}: a row needs a question, and an answer of at most 300 characters (or in "
+                 f"\\boxed{{...}}, or behind ####), not {question!r:.50}, {answer!r:.50}")
+        pairs.append((str(question), gold))
+    return pairs
+
+def encode(pairs, model, tokenizer, config):
+    """Problems with their prompts, in the tokenizer's chat template where it has one."""
+    problems = []
+    for question, gold in pairs:
+        text = config.prompt.replace("{question}", question)
+        ids = tokenizer(text).input_ids
+        if tokenizer.chat_template:
+            try:
+                ids = tokenizer.apply_chat_template([{"role": "user", "content": text}],
+                                                    add_generation_prompt=True, return_dict=False)
+            except Exception as e:  # a template is a program of its own
+                fail(f"the chat template of {config.model} fails: {e!r}")
+        problems.append(Trajectory(ids, question, gold))
+    longest = max(len(t.prompt) for t in problems) + config.max_new_tokens
+    if longest > getattr(model.config, "max_position_embeddings", longest):
+        fail(f"the longest prompt and max_new_tokens make {longest} tokens, too many for the model")
+    return problems
+
+def share(problems):
+    """What this process explores of a batch of problems, numbered by their place in it."""
+    return [replace(t, group=i) for i, t in enumerate(problems)][RANK::WORLD]
+
+def own_tokens(trajectories):
+    """How many tokens they sampled themselves, those of their parents not counted."""
+    return sum(len(t.response) - t.start for t in trajectories)
+
+def judge(trajectories, config):
+    """Reward each trajectory with 1 or 0, by its gold answer."""
+    for t in trajectories:
+        answer = extract_answer(t.text)
+        if config.dataset == "chain":
+            t.reward = float(answer == t.gold)  # a digit: an expression of its value is no answer
+        else:
+            t.reward = float(verify(answer, t.gold))
+
+MAX_LENGTH, LARGEST, MAX_POWER, DIGITS = 300, 10**80, 100, 400  # what goes beyond is text [O]
+UNIT = (r"%|(?: m|[ckm]m|kg|ft|feet|inch|hour|day|month|dollar|degree|people)(?:\^[23])?|(?<=[ })])"
+        r"(?!(?:time|equal|pair|halve|third|quarter|two|three|four|five|sixe|seven|eight|nine|ten|"
+        r"dozen|hundred|thousand|\w*illion|perhap)s)[a-z]{2,}[a-gj-rtv-z](?=s)")  # 42 pieces
+NESTED = [(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)"),
+          (r"\\sqrt\{([^{}]*)\}|\bsqrt\(([^()]*)\)", r"((\1\2)^(1/2))"),
+          (r"\\sqrt\[(\d+)\]\{([^{}]*)\}", r"((\2)^(1/\1))")]  # the innermost braces first
+SPELLINGS = [  # LaTeX to Python, in this order; a unit or a list's brackets go on a line below [O]
+    (r"\\!|\\(?:left|right)\b|(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})|(?<=\\)[dt](?=fr)|\\(?=[%/])", ""),
+    (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r" \1 "), (r"\\times|\\cdot|×|·", "*"), ("[−–‑]", "-"),
+    (r"(?:(?<!\\)\\[,;: ]|\\[()]|(?<!\\)\$|~|\s)+", " "), (r" ?\^ ?\{?\\circ\}?", " degrees"),
+    (r"^ ?(?:[A-Za-z] ?(?:=|\\in\b) ?)?|[. ]*$", ""), (r"(?<=\d)[eE](\d\d?)\b", r"*10^\1"),
+    (r"^(-?)\\\$ ?([\d.,]+)(?: dollars)?$", r"\1\2 dollars"), (r"(?<![\w.)}])(\d+)!", r"(fact\1)"),
+    (r"^(-?\d{1,3}),(\d{3})(?:,(\d{3}))?(?![\d,])", r"\1\2\3"), (r",? ?\b(?:or|and) ", ","),
+    (r" ?([^\w .]) ?|(?<![\w.])0+(?=\d)", r"\1"), (r"^\\\{(.*)\\\}$", r"\1"),  # { 1, 02 } -> 1,2
+    (r"^([\[(])(.*,.*)([\])])$", r"\2\n\1\3"), (r"\^\{(\w)\}(?!\w)", r"^\1"),
+    (r"^(.*,.*)$", r"\1\n{}"), (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"), (r"(c\{\d\})(\d)", r"\1{\2}"),
+    (r"(?<![\w.^/)}])(\d+)(?:\\frac\{| )(\d+)(?:\}\{|/)(\d+)(?:\}|(?![\w.]))", r"(\1+\2/\3)"),
+    (rf"(?<=[\d)}}]) ?({UNIT})s?$", r"\n\1"), *NESTED * 10, (r" ?(?:\\|\b)pi\b", "(pi)"),
+    (r"(?<=[\d)]) ?(?=[A-Za-z])|(?<=[\w)])(?=\((?!\d+\)))", "*"),  # 2x is a product, 6 (7) is not
+    (r"\b(a(?=[bc]\b)|b(?=c\b)|[xyz](?=[xyz]\b))", r"\1*"),  # xy is; any other word is text, so are
+    (r"^(?=.*(?a:[^-+*/^(),.\w \n]|_|\d{60}|(?=\d*\.)[\d.]{17}))", "text: "),  # other signs and
+    (r"^(?=.*\b[A-Za-z]\b)(?=.*\^(?!-?\d+\b(?!\.)|\(-?\d+\)))", "text: "), (r"\^", "**")]  # x^y
+
+def extract_answer(text):
+    r"""The last \boxed{...}, else the last "\boxed 5", else what follows "#": "#### 5" -> "5"."""
+    _, boxed, tail = text.replace("\\fbox", "\\boxed").rpartition("\\boxed{")
+    depth = 1
+    for brace in re.finditer("[{}]", tail):
+        depth += 1 if brace.group() == "{" else -1
+        if boxed and depth == 0:
+            return tail[:brace.start()].strip()
+    found = re.findall(r"\\boxed\s+([^\s$.,]+)", text) or re.findall(r"#[^\S\n]*([^\s#].*)", text)
+    return found[-1].strip() if found else None
+
+def value_at(node, point):
+    """The real number of a tree, each letter being a fixed one: "2/4" -> 1/2; else ValueError."""
+    number = sympy.nan
+    match node:
+        case ast.Constant(n) if type(n) in (int, float): number = sympy.Rational(str(n))
+        case ast.Name("pi"): number = sympy.pi.evalf(DIGITS)
+        case ast.Name(x) if re.fullmatch(r"fact\d\d?", x): number = sympy.factorial(int(x[4:]))
+        case ast.Name(x) if len(x) == 1: number = sympy.Rational(ord(x) ** point % 1009 + 1, 7)
+        case ast.UnaryOp(ast.USub(), a): number = -value_at(a, point)
+        case ast.BinOp(a, ast.Add(), b): number = value_at(a, point) + value_at(b, point)
+        case ast.BinOp(a, ast.Sub(), b): number = value_at(a, point) - value_at(b, point)
+        case ast.BinOp(a, ast.Mult(), b): number = value_at(a, point) * value_at(b, point)
+        case ast.BinOp(a, ast.Div(), b): number = value_at(a, point) / value_at(b, point)
+        case ast.BinOp(a, ast.Pow(), b):
+            base, exponent = value_at(a, point), value_at(b, point)
+            if 1 / MAX_POWER < abs(exponent) <= MAX_POWER:  # higher roots come too near to 1
+                number = sympy.Float(base, DIGITS) ** exponent  # base < 0: complex, so no Float
+    exact = number.is_Rational and max(abs(number.p), number.q) < LARGEST
+    if exact or number.is_Float and 1 / LARGEST < abs(number) < LARGEST:
+        return number
+    raise ValueError("not a real number of bounded size")
+
+@functools.lru_cache(maxsize=4096)
+def read(text):
+    r"""An answer's numbers at two points, or else its text; and its unit: "5\%" -> [5, 5], "%"."""
+    for pattern, replacement in SPELLINGS:
+        text = re.sub(pattern, replacement, text)
+    value, _, unit = text.partition("\n")
+    numbers = []
+    try:
+        tree = ast.parse(value, mode="eval").body  # parsed, never run
+        for point in (2, 3):
+            found = [value_at(part, point) for part in getattr(tree, "elts", [tree])]
+            found = [sympy.Float(number, DIGITS - 100) for number in found]  # no rounding errors
+            numbers += sorted(found) if unit == "{}" else found
+    except (SyntaxError, ValueError, RecursionError):
+        if re.fullmatch("[A-Za-z][a-z]+(?: [A-Za-z][a-z]+)*", value):
+            value = value.lower()  # words, where "X" is a symbol
+        numbers = re.findall(".+", value)  # one text, none if it is empty
+    return numbers, unit
+
+def verify(answer, gold):
+    """Whether two answers are equal: "50%" is "0.5" and "50", "5 cm" is "5" but not "5 kg"."""
+    if answer is None or max(len(answer), len(gold)) > MAX_LENGTH:
+        return False
+    (left, unit), (right, gold_unit) = read(answer), read(gold)
+    if not left or unit and gold_unit and unit != gold_unit:
+        return False
+    if left == right or unit + gold_unit != "%":
+        return left == right
+    return verify(answer.replace("%", "/100"), gold.replace("%", "/100"))  # 50% is 50/100
+
+def pass_at_k(n, c, k):
+    """Unbiased pass@k of n samples, c of them right: 1 - C(n-c, k) / C(n, k). [arXiv 2107.03374]"""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+def distinct_n(texts, n):
+    """Distinct-n: different n-grams of words over all n-grams of the texts; 0 if there are none."""
+    grams = []
+    for text in texts:
+        words = text.split()
+        grams += [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+def evaluate(model, tokenizer, problems, config, file=None):
+    """Greedy accuracy, and of n = k = eval_samples responses: pass@1, pass@k, maj@k, Distinct-1
+    and -4, different right responses (means over problems), and their length in tokens.
+    """
+    torch.manual_seed(config.seed + RANK)
+    n = config.eval_samples
+    greedy = gather(sample(model, tokenizer, share(problems), config, greedy=True))
+    sampled = gather(sample(model, tokenizer, share(problems) * n, config))
+    judge(greedy + sampled, config)
+    sampled.sort(key=lambda t: t.group)
+    sums = Counter(greedy=sum(t.reward for t in greedy))
+    for i in range(0, len(sampled), n):
+        texts = [t.text for t in sampled[i:i + n]]
+        right = [t.text for t in sampled[i:i + n] if t.reward]
+        votes = Counter(map(extract_answer, texts))
+        sums["pass@1"] += len(right) / n
+        sums["pass@k"] += pass_at_k(n, len(right), n)
+        sums["maj@k"] += max(votes, key=votes.get) in map(extract_answer, right)
+        sums["distinct_1"] += distinct_n(texts, 1)
+        sums["distinct_4"] += distinct_n(texts, 4)
+        sums["distinct_correct"] += len(set(right))
+        sums["length"] += own_tokens(sampled[i:i + n]) / n
+    if file:
+        save_lines(file, [{"question": t.question, "answer": t.gold, "response": t.text,
+                           "reward": t.reward} for t in sampled])
+    return {key: value / len(problems) for key, value in sums.items()}
+
+def rollout_metrics(trajectories):
+    """What is logged of a step. eff_rate: share of problems whose rewards differ, which alone
+    teach; pass@k: of those solved; distinct_correct: different right responses a problem.
+    """
+    trajectories = gather(trajectories)
+    tokens, count = own_tokens(trajectories), len(trajectories)
+    groups = {t.group for t in trajectories}
+    found = {(t.group, t.reward) for t in trajectories}  # two of a problem whose rewards differ
+    right = {(t.group, t.text) for t in trajectories if t.reward}
+    entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
+    return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
+            "eff_rate": len(found) / len(groups) - 1, "distinct_correct": len(right) / len(groups),
+            "pass@k": len({group for group, _ in right}) / len(groups),
+            "tokens_sampled": tokens, "trajectories": count}
+
+def gather(items):
+    """The items of all processes in one list."""
+    lists = [items] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(lists, items)
+    return sum(lists, [])
+
+def fail(message):
+    """End the program with one clear line and exit code 2: for mistakes that a user can mend."""
+    print("error:", " ".join(message.split())[:500], file=sys.stderr)
+    raise SystemExit(2)
+
+def parse_config(script, argv):
+    """A Config from flags, over a YAML file (sections `common` and `script`), over the defaults."""
+    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0],
+                              epilog="Without --model, tiny_config.yaml goes before the defaults.")
+    parser.add_argument("--config", help="a YAML file of these settings; flags win")
+    parser.error = fail
+    given, _ = parser.parse_known_args(argv)
+    if given.config or given.model == "tiny":
+        file = Path(given.config or Path(__file__).with_name("tiny_config.yaml"))
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            assert content.keys() <= {"common", "iiblpo", "ib_tpo"}, list(content)
+            settings = content.get("common", {}) | content.get(script, {})
+        except Exception as e:
+            fail(f"cannot read {file}, of sections common, iiblpo and ib_tpo: {e!r}")
+        for name, value in settings.items():  # as flags, so that one parser reads both
+            values = value if isinstance(value, list) else [value]
+            argv = [f"--{name}", *map(str, values)] + argv
+    values = vars(parser.parse_args(argv))
+    del values["config"]
+    for name, value in values.items():
+        for x in value if isinstance(value, list) else [value]:
+            low = 1 if type(x) is int and name not in MAY_BE_0 else 0
+            high = AT_MOST.get(name, 10 ** 12)
+            if type(x) in (int, float) and not low <= x <= high:  # nan is not, either
+                fail(f"{name} must be from {low} to {high}, not {x}")
+    config = Config(**values)
+    if "{question}" not in config.prompt:
+        fail("prompt must contain {question}")
+    if len(config.operands) != 2 or config.operands[0] > config.operands[1]:
+        fail("operands must be the fewest and the most digits")
+    if config.model == "tiny" and config.dataset != "chain":
+        fail(f"the tiny policy knows only digits: --dataset {config.dataset} needs a --model")
+    if config.prompts_per_step < WORLD:
+        fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
+    config.check()
+    return config
+
+def save_atomically(path, *writers):
+    """Write to a temporary path, then rename it: nobody ever meets half a file or folder, and where
+    the disk is full, what stood there before stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for write in writers:
+            write(temporary)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch and safetensors have their own errors
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {e}")
+
+def save_lines(path, rows):
+    """Write a JSON line a row."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if RANK == 0:
+        save_atomically(path, lambda temporary: temporary.write_text(text))
+
+@contextlib.contextmanager
+def run_folder(config):
+    """The run's folder, which no other run has taken. A start that fails leaves none."""
+    folder = Path(config.out or f"runs/{config.method}-{config.seed}")
+    if config.resume and not folder.is_dir():
+        fail(f"there is no run in {folder} to resume")
+    try:
+        if RANK == 0:
+            folder.mkdir(parents=True, exist_ok=config.resume)
+    except FileExistsError:
+        fail(f"{folder} exists: choose another --out, or go on with --resume")
+    except OSError as e:
+        fail(f"cannot write to {folder}: {e}")
+    try:
+        yield folder
+    finally:
+        if RANK == 0 and not any(folder.iterdir()):
+            folder.rmdir()
+
+def load_state(folder, config, parts):
+    """What state.pt holds besides the `parts` (name: module or optimizer), which are restored."""
+    free = ("resume", "out", "show", "probe_heads", "max_steps", "max_tokens", "save_every")
+    try:
+        state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
+        for name, value in asdict(config).items():
+            if config.resume and name not in free and state["config"].get(name) != value:
+                fail(f"{folder} was made with {name} {state['config'].get(name)!r}, not {value!r}")
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+    except Exception as e:  # no such file, half a file, or a run of other settings
+        fail(f"cannot read {folder}/state.pt into these settings: {e!r}")
+    return state
+
+def train(config):
+    """Evaluate, train, evaluate again; returns the summary."""
+    began = time.time()
+    pairs = load_problems(config)
+    with run_folder(config) as folder:
+        model, tokenizer = load_policy(config)
+        problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
+        torch.manual_seed(config.seed)
+        extra = prepare(model, config)
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+        parts = {"model": model, "optimizer": optimizer, "extra": extra}
+
+        def save():
+            tensors = {name: part.state_dict() for name, part in parts.items()}
+            if RANK == 0:
+                save_atomically(folder / "state.pt", lambda path: torch.save(state | tensors, path))
+
+        if config.resume and (folder / "state.pt").exists():
+            state = load_state(folder, config, parts)
+        else:
+            before = evaluate(model, tokenizer, heldout, config)
+            state = {"config": asdict(config), "before": before, "log": []}
+            save()
+        log, total = state["log"], config.max_tokens or config.max_steps
+        done = sum(m["tokens_sampled"] for m in log) if config.max_tokens else len(log)
+        while len(log) < config.max_steps and done < total:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1.0, (len(log) + 1) / config.lr_warmup)
+            step = len(log)
+            try:
+                metrics = training_step(model, tokenizer, optimizer, extra, problems, config, step)
+            except FloatingPointError as e:
+                sys.exit(f"error: {e} at step {step}; {folder}/state.pt is the last checkpoint")
+            log.append({"step": step, **metrics})
+            save_lines(folder / "metrics.jsonl", log)
+            done += metrics["tokens_sampled"] if config.max_tokens else 1
+            shown = [f"{name} {metrics[name]:.2f}" for name in ("reward", "eff_rate", "entropy")]
+            print(f"step {step + 1} ({min(1, done / total):.0%}):", *shown, flush=True)
+            if len(log) % config.save_every == 0:
+                save()
+        save()
+        after = evaluate(model, tokenizer, heldout, config, folder / "samples.jsonl")
+        summary = {"before": state["before"], "after": after, "config": asdict(config),
+                   "seconds": time.time() - began}
+        save_lines(folder / "summary.json", [summary])
+        if RANK == 0:
+            save_atomically(folder / "model", model.save_pretrained, tokenizer.save_pretrained)
+    print(f"\n{len(heldout)} held-out problems, k = {config.eval_samples}: before, after")
+    for name, value in after.items():
+        print(f"{name:18}{state['before'][name]:9.3f}{value:9.3f}")
+    print(f"{summary['seconds']:.0f} s; everything is in {folder}")
+    return summary
+
+def main(argv=None):
+    """The command line; returns the run's summary."""
+    config = parse_config(Path(__file__).stem, sys.argv[1:] if argv is None else list(argv))
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        if DEVICE == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    if config.show:
+        return show(config)
+    if getattr(config, "probe_heads", False):
+        return probe_heads(config)
+    return train(config)
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may know no Greek
     try:
         main()
+        sys.stdout.flush()
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        raise SystemExit("interrupted")
+        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

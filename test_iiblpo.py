@@ -1,538 +1,108 @@
-"""Tests of iiblpo.py and ib_tpo.py: hand-worked values, independent slow versions, faults. `pytest` runs them; `-m benchmark` the timings."""
+"""Tests of iiblpo.py and ib_tpo.py: values worked by hand, independent slow versions, faults."""
 import ast
-import copy
 import inspect
+import functools
 import itertools
 import json
 import math
 import os
 import random
 import re
-import signal
+import resource
+import shlex
+import socket
 import subprocess
 import sys
 import time
+import unicodedata
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import hypothesis
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+import datasets
+import mpmath
 import pytest
-from hypothesis import strategies as st
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
+from pytest import approx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import tensor
 from torch.nn import functional as F
 
-import ib_tpo as tpo  # noqa: E402  (HF_HUB_OFFLINE must be set before)
-import iiblpo as m  # noqa: E402
+import ib_tpo as tpo
+import iiblpo as m
 
 HERE = Path(__file__).parent
 KINDS = ["Qwen2", "Qwen3", "Llama"]
-
+# aimed at: 1,100 and 900 lines, 52,000 and 43,000 bytes, functions of 40 lines
+BUDGET = {"columns": 100, "function_lines": 56, "iiblpo.py": (1380, 72500), "ib_tpo.py": (1130, 58000)}
+each = pytest.mark.parametrize
+SCRIPTS = ["iiblpo.py", "ib_tpo.py"]
+benchmark = pytest.mark.benchmark
+seed = torch.manual_seed
 
 def config(*flags):
-    return m.parse_config(m.Config, "iiblpo", list(map(str, flags)))
-
+    return m.parse_config("iiblpo", list(map(str, flags)))
 
 def tree_config(*flags):
-    return tpo.parse_config(tpo.Config, "ib_tpo", list(map(str, flags)))
-
+    return tpo.parse_config("ib_tpo", list(map(str, flags)))
 
 def small_model(kind="Qwen2", seed=0, **changes):
     """A random decoder over the tiny tokenizer, wide enough in its weights to have opinions."""
     torch.manual_seed(seed)
-    c = getattr(transformers, kind + "Config")(**{**dict(
-        vocab_size=18, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
-        pad_token_id=0, initializer_range=0.15), **changes})
+    shape = dict(vocab_size=18, hidden_size=32, intermediate_size=64, num_hidden_layers=3, head_dim=16,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None,
+                 eos_token_id=1, pad_token_id=0, tie_word_embeddings=True, initializer_range=0.2)
+    c = getattr(transformers, kind + "Config")(**{**shape, **changes})
     model = getattr(transformers, kind + "ForCausalLM")(c).eval()
     model.generation_config = transformers.GenerationConfig(eos_token_id=1, pad_token_id=0)
     return model
 
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A model folder of the tiny shape, and a working directory to write to."""
+    """A working directory to write to, with a model folder `policy`."""
     monkeypatch.chdir(tmp_path)
     small_model().save_pretrained("policy")
     m.tiny_tokenizer().save_pretrained("policy")
     return tmp_path
 
+def by_checksum(batch, config):
+    for t in batch:
+        t.reward = float(zlib.crc32(t.text.encode()) % 2)
 
-QUICK = ["--config", HERE / "tiny_config.yaml", "--model", "policy", "--prompts_per_step", 4, "--rollouts", 4, "--initial", 2,
-         "--branches", 2, "--max_new_tokens", 12, "--eval_prompts", 4, "--eval_samples", 2, "--cvae_pairs", 40,
-         "--cvae_steps", 5, "--keep", 2, "--max_steps", 4, "--max_tokens", 0, "--save_every", 2, "--lr", 1e-3]
+@pytest.fixture
+def rewarded(folder, monkeypatch):
+    """The same, where about half of all responses are right."""
+    for script in (m, tpo):
+        monkeypatch.setattr(script, "judge", by_checksum)
 
+SMALL = ["--config", HERE / "tiny_config.yaml", "--model", "policy", "--max_new_tokens", 12, "--max_steps", 4,
+         "--eval_prompts", 4, "--eval_samples", 2, "--max_tokens", 0, "--save_every", 2, "--lr", 1e-3]
+QUICK = [*SMALL, "--prompts_per_step", 4, "--rollouts", 4, "--initial", 2, "--branches", 2, "--keep", 2,
+         "--cvae_pairs", 24, "--cvae_steps", 3]
+TREES = [*SMALL, "--prompts_per_step", 3, "--tree", 2, 3, 1, 1]
 
-TREES = ["--config", HERE / "tiny_config.yaml", "--model", "policy", "--prompts_per_step", 3, "--tree", 2, 3, 1, 1,
-         "--max_new_tokens", 12, "--eval_prompts", 4, "--eval_samples", 2, "--max_steps", 4, "--max_tokens", 0, "--save_every", 2,
-         "--lr", 1e-3]
-
+def run(*flags):
+    return m.main(list(map(str, [*QUICK, *flags])))
 
 def prompts(*texts):
     tokenizer = m.tiny_tokenizer()
     return [m.Trajectory(tokenizer(t).input_ids, group=i) for i, t in enumerate(texts)]
 
-
 def refused(capsys, *flags, script=m):
     """The one line that a mistake ends in."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as e:
         script.main(list(map(str, flags)))
-    out = capsys.readouterr()
-    assert e.value.code == 2 and out.err.count("\n") == 1 and out.err.startswith("error: ") and "Traceback" not in out.err
-    return out.err
-
-
-# ---- configuration --------------------------------------------------------------------------------------------------
-
-
-def test_flags_win_over_the_file_and_a_real_model_gets_the_papers_defaults(tmp_path):
-    assert config().dataset == "chain" and config("--lr", "0.5").lr == 0.5
-    assert config("--model", "Qwen2.5-0.5B").lr == 1e-6 and config("--model", "Qwen2.5-0.5B").z_dim == 128
-    (tmp_path / "c.yaml").write_text("lr: 2.0e-4\niiblpo:\n  seed: 7\n  operands: [2, 3]\nib_tpo:\n  whatever: 1\n")
-    c = config("--config", tmp_path / "c.yaml", "--seed", 8)
-    assert (c.lr, c.seed, c.operands, c.dataset) == (2e-4, 8, [2, 3], "gsm8k")
-    assert config("--method", "dapo").clip_high == 0.28 and config("--method", "grpo").clip_high == 0.2
-    assert config("--method", "entropy_reg").entropy_bonus > 0 and config("--method", "grpo").entropy_bonus == 0
-
-
-@pytest.mark.parametrize("text, message", [
-    ("max_step: 3", "unknown setting max_step; did you mean max_steps?"), ("lr: fast", "invalid float value: 'fast'"),
-    ("max_steps: 1.5", "--max-steps: invalid int value: '1.5'"), ("- a\n- b", "sections of `name: value` lines"),
-    ("lr: [", "cannot read the configuration"), ("method: ppo", "invalid choice: 'ppo'"), ("common: 3", "sections of")])
-def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
-    (tmp_path / "c.yaml").write_text(text)
-    assert message in refused(capsys, "--config", tmp_path / "c.yaml")
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--max_step", 3], "did you mean max_steps?"), (["--lr", "x"], "--lr"), (["--rollouts", 0], "rollouts must be at least 1"),
-    (["--operands", 5, 3], "operands"), (["--keep", 99], "keep must be from 1 to the 4 candidates"), (["--keep", -1], "keep"),
-    (["--initial", 4], "below rollouts (4)"), (["--branches", 0], "branches must be at least 1"), (["--top_frac", 0], "top_frac"), (["--top_frac", 1.1], "top_frac"),
-    (["--psa_layers", "two"], "psa_layers"), (["--prompt", "hi"], "{question}"), (["--config", "nowhere.yaml"], "nowhere.yaml"),
-    (["--resume"], "nothing to resume"), (["--max_tokens", 5], "must hold a response"), (["--out", "policy/config.json"], "cannot write"), (["--dataset", "gsm9k"], "did you mean gsm8k?"), (["--max_new_tokens", 9999], "context"),
-    (["--model", "no/such-model", "--dataset", "chain"], "cannot load the model no/such-model"), (["--dataset", "none.jsonl"], "no such file: none.jsonl")])
-def test_mistakes_are_one_line_before_any_work(folder, capsys, monkeypatch, flags, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert message in refused(capsys, *(QUICK if "--model" not in flags and "--config" not in flags else []), *flags)
-    assert not list(Path("runs").glob("*/metrics.jsonl")) if Path("runs").exists() else True
-
-
-def test_cuda_asked_for_and_absent(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    assert "no CUDA GPU" in refused(capsys, "--device", "cuda")
-
-
-def test_what_the_readme_names_exists():
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    for script, command in re.findall(r"python (iiblpo|ib_tpo)\.py((?: --\w+(?: [\w.][^\s`|]*)*)*)", text):
-        if "--help" not in command and "FOLDER" not in command:
-            (config if script == "iiblpo" else tree_config)(*command.split())
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", text)
-    where = {(name, script): str(n) for script in ("iiblpo.py", "ib_tpo.py")
-             for n, line in enumerate((HERE / script).read_text(encoding="utf-8").splitlines(), 1)
-             for name in re.findall(r"^(?:def|class) (\w+)", line)}
-    wrong = [f"{name} stands in line {where.get((name, script))} of {script}" for name, script, n in links if where.get((name, script)) != n]
-    assert len(links) > 25 and not wrong, "\n".join(wrong)
-
-
-# ---- problems -------------------------------------------------------------------------------------------------------
-
-
-def test_chain_arithmetic():
-    assert m.chain_value("3+4*2=") == 1 and m.chain_value("1-2*3-4=") == 1 and m.chain_value("9*9*9=") == 9
-    assert {m.demonstration("3+4*2=", random.Random(i)) for i in range(20)} == {"7*2\n4\n#4", "3+8\n1\n#1"}
-    rng = random.Random(0)
-    for q in m.chain_questions(rng, [2, 7], False, 200):
-        assert m.chain_value(q) == eval(q[:-1]) % 10
-        lines = [q[:-1], *m.demonstration(q, rng).split("\n")]
-        for a, b in zip(lines, lines[1:-1]):  # each line follows from the one before by one reduction
-            terms = m.parse_chain(a)
-            assert b in {"".join(map(str, m.reduce_at(terms, i))) for i in range(1, len(terms), 2)}
-        assert lines[-1] == "#" + lines[-2] and len(lines) == q.count("+") + q.count("-") + q.count("*") + 2
-
-
-def test_evaluation_problems_are_held_out_by_construction():
-    sides = [[q for q, _ in side] for side in m.load_problems(config())]
-    assert not set(sides[0]) & set(sides[1]) and len(set(sides[1])) == 256
-    assert not any(map(m.is_heldout, sides[0])) and all(map(m.is_heldout, sides[1]))
-    again = m.load_problems(config("--seed", 5))
-    assert again[1] == m.load_problems(config())[1] and again[0] != m.load_problems(config())[0]
-
-
-def test_the_tiny_tokenizer_survives_its_folder(tmp_path):
-    m.tiny_tokenizer().save_pretrained(tmp_path)
-    t = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    text = "3+4*2=\n7*2\n#4"
-    assert len(t) == 18 and len(t(text).input_ids) == len(text) and t.decode(t(text).input_ids) == text
-
-
-ROWS = [{"question": f"What is {i}+{i}?", "answer": f"It is.\n#### {2 * i}"} for i in range(40)]
-
-
-@pytest.mark.parametrize("rows, flags, message", [
-    ([], [], "dataset"), ([{"q": "a", "a": "b"}], [], "no column 'question'"), (ROWS[:1], [], "too few"),
-    (ROWS[:5] + [{"question": "x", "answer": None}], [], "row 6 has no answer"), (ROWS[:1] * 9, [], "too few"),
-    (ROWS, ["--answer_column", "solution"], "no column 'solution'"), (b"\xff\xfe{not utf-8}\n", [], "cannot load the dataset"),
-    (ROWS[:2] + [{"question": "x", "answer": "so " * 200}], [], "row 3 has 599 characters"), (b"[1, 2]\n[3]\n", [], "d.jsonl")])
-def test_bad_data_is_one_line(folder, capsys, rows, flags, message):
-    Path("d.jsonl").write_bytes(rows if isinstance(rows, bytes) else "".join(json.dumps(r) + "\n" for r in rows).encode())
-    assert message in refused(capsys, *QUICK, "--dataset", "d.jsonl", *flags)
-
-
-def test_local_files_of_each_kind(folder):
-    import datasets
-    Path("d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS + ROWS[:7]))
-    Path("d.json").write_text(json.dumps(ROWS))
-    datasets.Dataset.from_list(ROWS).to_parquet("d.parquet")
-    for name in ("d.jsonl", "d.json", "d.parquet"):
-        train, heldout = m.load_problems(config("--dataset", name, "--eval_prompts", 8))
-        assert len(train) == 32 and len(heldout) == 8 and train[3] == ("What is 3+3?", "6")
-
-
-# ---- verifiable reward ----------------------------------------------------------------------------------------------
-
-
-def test_extract_answer():
-    assert m.extract_answer(r"\boxed{1} so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
-    assert m.extract_answer("18 is\n#### 1,800\nbye") == "1,800" and m.extract_answer("3+8\n1\n#1") == "1"
-    assert m.extract_answer("nothing") is None and m.extract_answer("#") is None and m.extract_answer(r"\boxed{never closed") is None
-    assert m.extract_answer("#2\n#") == "2" and m.extract_answer(r"it is $\boxed 7$.") == "7" and m.extract_answer(r"\fbox{x}") == "x"
-
-
-EQUAL = [r"1,000|1000", r"0.5|\frac12", r"\frac{3}{4}|3/4", r"\dfrac34|0.75", r"2\frac{1}{2}|2.5", r"2 1/2|5/2", r"-2\frac12|-2.5",
-         r"50\%|0.5", r"50\%|50", r"\sqrt{8}|2\sqrt2", r"\sqrt[3]{27}|3", r"2^{10}|1024", r"\frac{\pi}{2}|0.5\pi", r"2x+1|1+2x",
-         r"(x+1)^2|x^2+2x+1", r"x=5|5", r"\$18.00|18", r"90^\circ|90", r"5\text{ cm}|5", r"12 dollars|12", r"(1,\frac12)|(1,0.5)",
-         r"[0,1)|[0,1.0)", r"\{1,2\}|\{2,1\}", r"1,2|2, 1", r"(-\infty, 3]|(-\infty,3]", r"\text{Yes}|yes", r"\left(1,2\right)|(1,2)",
-         r"x \in [1,2]|[1,2]", r"007|7", r"3.0|3", r"\text{(A)}|(A)", r"1.5\times 10^{3}|1500", r"\frac{x}{2}|x/2", r"6.|6",
-         r"\frac{\sqrt{3}}{2}|\frac{3}{2\sqrt{3}}", r"−3|-3", r"\$1,234.50|1234.5", r"25\,\text{m}^2|25", r"10^{-2}|0.01"]
-UNEQUAL = [r"1|2", r"0.333|1/3", r"\pi|3.14", r"(1,2)|(2,1)", r"(1,2]|[1,2]", r"(1,2)|1,2", r"listen|silent", r"x+1|x-1", r"|0",
-           r"9^{9^9}|3", r"1/0|1/0.0", r"2^{10}|1023", r"x^2|2x", r"\sqrt{2}|1.41421356", r"1,2|1,2,2", r"50\%|0.05", r"5|x",
-           r"12|1,2", r"(1,234)|1234", r"1e3|1000.5", r"-1|1", r"\frac12|2", r"x²|x2", r"٣|3",
-           r"\sqrt{x^2}|x"]
-
-
-@pytest.mark.parametrize("pair", EQUAL)
-def test_equal_answers(pair):
-    a, b = pair.split("|")
-    assert m.verify(a, b) and m.verify(b, a) and m.verify(a, a)
-
-
-@pytest.mark.parametrize("pair", UNEQUAL)
-def test_unequal_answers(pair):
-    a, b = pair.split("|")
-    assert not m.verify(a, b) and not m.verify(b, a)
-
-
-def spellings(rng):
-    """A random value of a kind that GSM8K, MATH or AIME ask for: (a name of the kind, a float or another key, spellings)."""
-    a, b, c = rng.randint(2, 99), rng.randint(2, 12), rng.randint(2, 9)
-    frac, n = a / b, rng.randint(1000, 999_999)
-    x, y = sorted((rng.randint(-20, 0), rng.randint(1, 20)))
-    kinds = [
-        ("integer", a, [f"{a}", f"{a}.0", f"\\text{{{a}}}", f"{a}.", f"\\left({a}\\right)", f"x={a}"]),
-        ("thousands", n, [f"{n}", f"{n:,}", f"\\${n:,}", f"{n:,}.00", f"{n} dollars"]),
-        ("AIME", a, [f"{a:03d}", f"{a}"]),
-        ("fraction", frac, [f"\\frac{{{a}}}{{{b}}}", f"{a}/{b}", f"\\dfrac{{{a * c}}}{{{b * c}}}", f"\\tfrac{{{a}}}{{{b}}}", f"({a}/{b})"]),
-        ("negative", -frac, [f"-\\frac{{{a}}}{{{b}}}", f"\\frac{{-{a}}}{{{b}}}", f"-{a}/{b}", f"−{a}/{b}"]),
-        ("decimal", a / 8, [f"{a / 8}", f"\\frac{{{a}}}{{8}}", f"{a / 8:.4f}"]),
-        ("money", a + 0.5, [f"\\${a}.50", f"{a}.5", f"\\${a}.50\\text{{ dollars}}"]),
-        ("unit", a, [f"{a}\\text{{ cm}}", f"{a}", f"{a}\\,\\text{{cm}}^2", f"{a}\\mathrm{{~kg}}"]),
-        ("degrees", a, [f"{a}^\\circ", f"{a}^{{\\circ}}", f"{a}"]),
-        ("root", c * math.sqrt(b), [f"{c}\\sqrt{{{b}}}", f"\\sqrt{{{b * c * c}}}", f"{c}*\\sqrt{{{b}}}", f"{c}\\cdot\\sqrt{{{b}}}"]),
-        ("over root", a / math.sqrt(b), [f"\\frac{{{a}}}{{\\sqrt{{{b}}}}}", f"\\frac{{{a}\\sqrt{{{b}}}}}{{{b}}}"]),
-        ("sum", a + math.sqrt(b), [f"{a}+\\sqrt{{{b}}}", f"\\sqrt{{{b}}}+{a}"]),
-        ("pi", frac * math.pi, [f"\\frac{{{a}\\pi}}{{{b}}}", f"\\frac{{{a}}}{{{b}}}\\pi", f"{a}\\pi/{b}"]),
-        ("power", c ** b, [f"{c}^{{{b}}}", f"{c ** b}"]),
-        ("scientific", c * 10 ** b, [f"{c}\\times 10^{{{b}}}", f"{c}\\cdot 10^{{{b}}}", f"{c * 10 ** b}"]),
-        ("polynomial", ("poly", c, a), [f"x^2+{c}x+{a}", f"{a}+{c}x+x^2", f"x^{{2}}+{c}x+{a}"]),
-        ("factored", ("fact", *sorted((b, c))), [f"(x+{b})(x+{c})", f"(x+{c})(x+{b})", f"x^2+{b + c}x+{b * c}"]),
-        ("rational", ("rational", a), [f"\\frac{{x}}{{{a}}}", f"x/{a}", f"\\frac{{1}}{{{a}}}x"]),
-        ("pair", ("pair", x, y), [f"({x},{y})", f"({x}, {y})", f"\\left({x}, {y}\\right)"]),
-        ("interval", ("interval", x, y), [f"[{x},{y})", f"[{x}, {y})", f"\\left[{x},{y}\\right)", f"x\\in[{x},{y})"]),
-        ("ray", ("ray", x), [f"(-\\infty,{x}]", f"(-\\infty, {x}]", f"\\left(-\\infty,{x}\\right]"]),
-        ("set", ("set", x, y), [f"\\{{{x},{y}\\}}", f"\\{{{y},{x}\\}}", f"\\{{{x}, {y}\\}}"]),
-        ("list", ("set", x, y), [f"{x},{y}", f"{y}, {x}"]),
-        ("mixed", a + c / 10, [f"{a}\\frac{{{c}}}{{10}}", f"{a}.{c}", f"{a} {c}/10"]),
-        ("choice", ("choice", a % 5), [f"\\text{{({'ABCDE'[a % 5]})}}", f"({'ABCDE'[a % 5]})"]),
-        ("word", ("word", a % 3), [f"\\text{{{('Sunday', 'even', 'no solution')[a % 3]}}}", f"{('Sunday', 'even', 'no solution')[a % 3]}"])]
-    return rng.choice(kinds)
-
-
-def spelled_pairs(n, seed=0):
-    """(answer, gold, whether they are equal), half of them of one value, half of two values of one kind."""
-    rng, pairs = random.Random(seed), []
-    while len(pairs) < n:
-        kind, value, texts = spellings(rng)
-        if len(pairs) % 2:
-            pairs.append((*rng.sample(texts, 2), True))
-        else:
-            other, key, more = next(k for k in iter(lambda: spellings(rng), None) if k[0] == kind and k[1] != value)
-            pairs.append((rng.choice(texts), rng.choice(more), False))
-    return pairs
-
-
-def test_spellings_of_one_value_are_equal_and_of_two_are_not():
-    wrong = [(a, g, equal) for a, g, equal in spelled_pairs(6000) if m.verify(a, g) != equal or m.verify(g, a) != equal or not m.verify(a, a)]
-    assert not wrong, wrong[:20]
-
-
-def test_values_of_different_kinds_are_never_equal():
-    rng, count = random.Random(1), 0
-    while count < 2000:
-        (_, a, x), (_, b, y) = spellings(rng), spellings(rng)
-        if isinstance(a, tuple) and isinstance(b, tuple) and a[0] != b[0] or not isinstance(a, tuple) and not isinstance(b, tuple) and abs(a - b) > 1e-9:
-            assert not m.verify(rng.choice(x), rng.choice(y)), (x, y)
-            count += 1
-
-
-def test_agreement_with_math_verify():
-    """600 pairs; needs `pip install math-verify`, which is best kept in an environment of its own."""
-    library = pytest.importorskip("math_verify", reason="math-verify is not installed here (pip install math-verify)")
-    pairs, differ = spelled_pairs(600, seed=2), []
-    for a, g, equal in pairs:
-        theirs = library.verify(library.parse(f"${g}$"), library.parse(f"\\boxed{{{a}}}"))
-        if theirs != m.verify(a, g):
-            differ.append((a, g, "math-verify says equal" if theirs else "math-verify says different", f"truth: {equal}"))
-    print(f"\nagreement {1 - len(differ) / len(pairs):.1%}", *differ, sep="\n")
-    assert len(differ) / len(pairs) <= 0.03
-
-
-HOSTILE = ["__import__('os').system('touch /tmp/owned')", "().__class__", "lambda: 0", "9" * 10 ** 6, "9^9^9^9^9", "(" * 5000,
-           "2^{2^{2^{2^{2^{9}}}}}", r"\frac{" * 200, "{" * 300, "x^{999999999}", "(((x^{200})^{200})^{200})^{200}", "1" + "0" * 198,
-           r"\sqrt{" + "7" * 90 + "}", "1/(1-1)", "0^{-1}", "٣٤", "\x00", "5!" * 50, "sqrt" * 40, "((2^{200})^{200})^{200}",
-           "(1+x)^{200}-(1+y)^{200}", "x^{y^{z}}", "oo-oo", "pi^{pi^{pi}}", "1" * 99 + "^{199}", ",".join("123456789" * 10),
-           "0.{1}" * 30, "x" * 200, "(-8)^{1/3}", "--" * 90 + "1", "1.2.3", "{" + "^" * 50, r"\text{" * 40 + "}" * 40, "\\" * 299]
-
-
-def hostile_strings(n, seed):
-    """Mutations and mixtures of answers, LaTeX pieces and code."""
-    rng = random.Random(seed)
-    pieces = [s for pair in EQUAL + UNEQUAL for s in pair.split("|")] + HOSTILE[:3] + [
-        "^", "{", "}", "(", ")", "9", "x", "\\frac", "\\sqrt", "sqrt", ",", "[", "]", "\\{", "_", ".", "%", "pi", "oo", "/", "*", "-",
-        "10^{99}", " ", "é", "²", "\n", "=", "\\boxed{", "10", "0", "**", "!", "e", "\\text{a}", "1" * 60, "__", "^{-1/2}"]
-    for _ in range(n):
-        s = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 12)))
-        for _ in range(rng.randint(0, 3)):
-            i = rng.randrange(len(s) + 1)
-            s = s[:i] + rng.choice(["", chr(rng.randrange(32, 127)), chr(rng.randrange(0x2000)), s[:i]]) + s[i + rng.randint(0, 2):]
-        yield s
-
-
-def fuzz(n, seed=0):
-    """verify on n strings against each other: the seconds each took, sorted."""
-    seconds, golds = [], itertools.cycle(["3", r"\frac{1}{2}", "(1,2)", "x+1", "2^{10}", "50%"])
-    for s in itertools.chain(HOSTILE, hostile_strings(n, seed)):
-        start = time.perf_counter()
-        assert m.verify(s, next(golds)) in (True, False)
-        seconds.append(time.perf_counter() - start)
-    assert not Path("/tmp/owned").exists()
-    return sorted(seconds)
-
-
-def test_hostile_strings_neither_raise_nor_run_nor_hang():
-    seconds = fuzz(20_000)
-    assert seconds[-1] < 1, seconds[-5:]
-    assert seconds[int(0.999 * len(seconds))] < 0.05, seconds[-20:]
-
-
-def nested_latex():
-    leaf = st.sampled_from(["x", "y", "2", "10", "0", "0.5", "-1", "\\pi", "\\infty", "1,000", "", "٣", "½", "x.__class__", "9" * 30])
-    return st.recursive(leaf, lambda inner: st.one_of(
-        st.tuples(inner, inner).map(lambda t: f"\\frac{{{t[0]}}}{{{t[1]}}}"), st.tuples(inner, inner).map("^{".join).map("{}}}".format),
-        inner.map("\\sqrt{{{}}}".format), inner.map("({})".format), inner.map("\\left[{}\\right)".format), inner.map("{{{}".format),
-        st.lists(inner, min_size=2, max_size=4).map(",".join),
-        st.tuples(inner, st.sampled_from(["+", "-", "*", "/", " ", "^", "**"]), inner).map("".join)), max_leaves=25)
-
-
-def test_nested_latex_is_compared_both_ways_alike_and_equals_itself():
-    @hypothesis.settings(max_examples=1500, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(nested_latex(), nested_latex())
-    def check(a, b):
-        start = time.perf_counter()
-        assert m.verify(a, b) == m.verify(b, a) and m.verify(a, a)
-        assert time.perf_counter() - start < 2
-
-    check()
-
-
-def test_no_text_reaches_an_evaluator():
-    names = {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(ast.parse(inspect.getsource(m)))
-             if isinstance(n, (ast.Name, ast.Attribute))}
-    assert not names & {"exec", "sympify", "parse_expr", "literal_eval", "simplify", "factor"}
-    called = {n.func.id for n in ast.walk(ast.parse(inspect.getsource(m))) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    assert not called & {"eval", "compile", "__import__"}
-
-
-# ---- formulas against hand-worked values and slow versions ----------------------------------------------------------
-
-
-def test_token_entropy():
-    assert m.token_entropy(torch.zeros(2, 3, 8)).allclose(torch.full((2, 3), math.log(8)))
-    logits = torch.tensor([0.5, 0.25, 0.25]).log()
-    assert m.token_entropy(logits).item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
-    assert m.token_entropy(torch.tensor([3.0, -math.inf])).item() == 0
-    x = torch.tensor([200.0, 0.0, 1.0], requires_grad=True)
-    m.token_entropy(x).backward()
-    assert x.grad.isfinite().all()
-
-
-def test_group_advantages_by_hand_and_slowly():
-    # group 7: rewards 1 0 0 1 -> mean 1/2, population std 1/2; group 3: equal rewards -> 0
-    a = m.group_advantages(torch.tensor([1., 0., 3., 0., 1., 3.]), torch.tensor([7, 7, 3, 7, 7, 3]))
-    assert a.tolist() == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001, 0, -0.5 / 0.5001, 0.5 / 0.5001, 0])
-    rewards, groups = torch.rand(50), torch.randint(0, 9, (50,))
-    for i, value in enumerate(m.group_advantages(rewards, groups).tolist()):
-        peers = [r.item() for r, g in zip(rewards, groups) if g == groups[i]]
-        mean = sum(peers) / len(peers)
-        std = math.sqrt(sum((p - mean) ** 2 for p in peers) / len(peers))
-        assert value == pytest.approx((rewards[i].item() - mean) / (std + 1e-4), abs=1e-4)
-
-
-@pytest.mark.parametrize("how", ["token", "sequence"])
-@pytest.mark.parametrize("per_token", [False, True])
-def test_policy_loss_slowly(how, per_token):
-    torch.manual_seed(0)
-    c = config("--loss_mean", how, "--clip_low", 0.1, "--clip_high", 0.3)
-    logp, old, mask = -torch.rand(5, 7), -torch.rand(5, 7), torch.rand(5, 7) < 0.7
-    mask[:, 0] = True
-    A = torch.randn(5, 7) if per_token else torch.randn(5)
-    rows, cut = [], 0
-    for i in range(5):
-        terms = []
-        for t in range(7):
-            if mask[i, t]:
-                r, a = math.exp(logp[i, t] - old[i, t]), (A[i, t] if per_token else A[i]).item()
-                terms.append(-min(r * a, min(max(r, 0.9), 1.3) * a))
-                cut += r > 1.3 and a > 0 or r < 0.9 and a < 0
-        rows.append(terms)
-    slow = sum(map(sum, rows)) / sum(map(len, rows)) if how == "token" else sum(sum(r) / len(r) for r in rows) / 5
-    loss, stats = m.policy_loss(logp, old, A, mask, c)
-    assert loss.item() == pytest.approx(slow, abs=1e-6) and stats["clipped"] == pytest.approx(cut / mask.sum().item())
-
-
-def test_policy_loss_by_hand():
-    # ratios 2 and 1/2 with A = 1 and clip 0.2: min(2, 1.2) = 1.2 and min(0.5, 0.8) = 0.5, mean 0.85
-    logp = torch.tensor([[math.log(2.0), math.log(0.5)]])
-    ones = torch.ones(1, 2)
-    assert m.policy_loss(logp, 0 * logp, torch.ones(1), ones, config())[0].item() == pytest.approx(-0.85)
-    assert m.policy_loss(logp, 0 * logp, -torch.ones(1), ones, config())[0].item() == pytest.approx((2 + 0.8) / 2)
-
-
-def test_k3():
-    # r = π_ref / π = 1/2: r - 1 - ln r = -1/2 + ln 2
-    assert m.k3(torch.tensor(math.log(0.8)), torch.tensor(math.log(0.4))).item() == pytest.approx(math.log(2) - 0.5, abs=1e-6)
-
-
-def test_pass_at_k_by_enumeration():
-    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
-        if c <= n and k <= n:
-            subsets = list(itertools.combinations(range(n), k))
-            assert m.pass_at_k(n, c, k) == pytest.approx(sum(any(i < c for i in s) for s in subsets) / len(subsets))
-
-
-def test_distinct_n():
-    assert m.distinct_n(["a b a", "b c"], 1) == 3 / 5 and m.distinct_n(["a b a", "a b"], 2) == 2 / 3 and m.distinct_n(["a"], 4) == 0
-
-
-def diverse_texts(seed):
-    rng = random.Random(seed)
-    return [" ".join(rng.choices("abcde", k=rng.randint(0 if seed % 3 == 0 else 5, 12))) for _ in range(6)] + ["a b c d e f"] * (seed % 2)
-
-
-def test_self_bleu_is_nltks():
-    nltk = pytest.importorskip("nltk.translate.bleu_score", reason="nltk is not installed here (pip install nltk)")
-    for seed in range(30):
-        words = [t.split() for t in diverse_texts(seed)]
-        theirs = [nltk.sentence_bleu(words[:i] + words[i + 1:], w, smoothing_function=nltk.SmoothingFunction().method1)
-                  for i, w in enumerate(words)]
-        assert m.self_bleu(diverse_texts(seed)) == pytest.approx(sum(theirs) / len(theirs), abs=1e-9)
-    assert m.self_bleu(["a b c d"] * 3) == pytest.approx(1) and m.self_bleu(["a b", "c d"]) == pytest.approx(0)
-
-
-def test_self_rouge_l_is_googles():
-    library = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is not installed here (pip install rouge-score)")
-    words = type("Words", (), {"tokenize": lambda self, text: text.split()})()
-    scorer = library.RougeScorer(["rougeL"], tokenizer=words)
-    for seed in range(30):
-        texts = diverse_texts(seed)
-        theirs = [scorer.score(a, b)["rougeL"].fmeasure for a, b in itertools.combinations(texts, 2)]
-        assert m.self_rouge_l(texts) == pytest.approx(sum(theirs) / len(theirs), abs=1e-9)
-    assert m.self_rouge_l(["a b c d", "a c e"]) == pytest.approx(4 / 7)  # "a c" of 4 and 3 words
-
-
-def test_masked_mean():
-    x, mask = torch.tensor([[1., 2.], [6., 9.]]), torch.tensor([[1, 1], [1, 0]])
-    assert m.masked_mean(x, mask).item() == 3 and m.masked_mean(x, mask, "sequence").item() == 3.75
-
-
-# ---- rollout --------------------------------------------------------------------------------------------------------
-
-
-def teacher_forced(model, t, gate=None):
-    """ln π(o_t) and H_t of one trajectory, alone, without padding, from the full logits."""
-    logits = model(torch.tensor([t.prompt + t.response])).logits[0, len(t.prompt) - 1:-1]
-    logp = logits.log_softmax(-1)
-    return logp.gather(1, torch.tensor(t.response)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_recorded_log_probs_are_those_of_a_teacher_forced_pass(kind):
-    model = small_model(kind)
-    c = config("--max_new_tokens", 20, "--generate_tokens", 120)  # several calls, left padding within each
-    starts = prompts("1+2=\n", "3*4*5-6+7=\n", "9-9-9=\n", "1=\n", "2+2+2+2=\n") * 2
-    torch.manual_seed(1)
-    sampled = m.sample(model, m.tiny_tokenizer(), starts, c)
-    assert [t.prompt for t in sampled] == [s.prompt for s in starts]
-    logp, entropy, mask = m.token_logps(model, sampled)
-    assert len({len(t.response) for t in sampled}) > 1
-    for i, t in enumerate(sampled):
-        assert t.complete == (t.response[-1] == 1) and (t.complete or len(t.response) == 20) and 1 not in t.response[:-1]
-        slow_logp, slow_entropy = teacher_forced(model, t)
-        for fast in (t.logps, logp[i][mask[i]]):
-            assert (fast - slow_logp).abs().max() < 1e-4
-        for fast in (t.entropy, entropy[i][mask[i]]):
-            assert (fast - slow_entropy).abs().max() < 1e-4
-
-
-def test_sampling_follows_the_policy():
-    """First tokens at temperature 1 are drawn from the softmax of the raw logits, whatever the model's own defaults were."""
-    model = small_model()
-    start = prompts("1+2=\n")
-    p = model(torch.tensor([start[0].prompt])).logits[0, -1].softmax(-1)
-    drawn = torch.tensor([t.response[0] for t in m.sample(model, m.tiny_tokenizer(), start * 4000, config("--max_new_tokens", 1))])
-    assert (torch.bincount(drawn, minlength=18) / 4000 - p).abs().max() < 0.04
-
-
-def test_the_recorder_keeps_no_distribution():
-    recorder = m.Recorder()
-    for step in range(5):
-        recorder(torch.zeros(3, 4 + step, dtype=torch.long), torch.randn(3, 1000))
-    assert all(x.shape == (3,) for x in recorder.entropy + recorder.logps)
-    assert sum(isinstance(v, torch.Tensor) and v.numel() >= 3000 for v in vars(recorder).values()) == 1
-
-
-def test_micro_batches():
-    items = list(range(1, 30))
-    batches = m.micro_batches(items, 60, lambda x: x)
-    assert sorted(sum(batches, [])) == items and all(len(b) * max(b) <= 60 or len(b) == 1 for b in batches)
-    assert max(map(len, m.micro_batches(items, length=lambda x: x, size=4))) == 4
-
-
-# ---- update ---------------------------------------------------------------------------------------------------------
-
-
-def batch_for_update(model, n=12):
-    torch.manual_seed(3)
-    batch = m.sample(model, m.tiny_tokenizer(), prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n") * (n // 3), config("--max_new_tokens", 15))
-    for t, a in zip(batch, torch.randn(n).tolist()):
-        t.advantage, t.logps = a, t.logps + 0.3 * torch.randn(len(t.logps))  # ratios away from 1: clipping takes part
-    return batch
-
+    line = capsys.readouterr().err
+    assert e.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
+    return line
+
+def metrics(folder):
+    """The lines of metrics.jsonl, without what the clock says."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k not in ("rollout_s", "update_s")} for x in lines]
 
 class Grab:
     """An optimizer that keeps the gradient instead of stepping."""
@@ -546,81 +116,654 @@ class Grab:
     def zero_grad(self):
         self.model.zero_grad()
 
+def bpe_tokenizer(texts):
+    """A small byte-level BPE that cuts words as Qwen2 does: ".\\n\\n" may be one token."""
+    backend = Tokenizer(models.BPE())
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = Regex(r"[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+| ?\p{L}+|\p{N}|\s+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), pieces])
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|user|>", "<|end|>"]
+    backend.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pieces.alphabet()))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
-@pytest.mark.parametrize("flags", [[], ["--loss_mean", "sequence"], ["--entropy_bonus", 0.1, "--kl", 0.2], ["--kappa", 0.3]])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(flags):
-    model, reference = small_model(), small_model(seed=1) if "--kl" in flags else None
-    batch, grads = batch_for_update(model), []
-    for tokens in (10 ** 6, 60, 1):
-        grab = Grab(model)
-        m.update(model, grab, batch, config("--max_grad_norm", 1e9, "--micro_tokens", tokens, *flags), reference)
-        grads += grab.grads
-    loss, _ = m.batch_loss(model, batch, config(*flags), reference)
+def teacher_forced(model, t):
+    """ln π(o_t) and H_t of one trajectory, alone, without padding, from the full logits."""
+    logp = model(tensor([t.prompt + t.response])).logits[0, len(t.prompt) - 1:-1].log_softmax(-1)
+    return logp.gather(1, tensor(t.response)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+def gradient(loss, model):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+def far(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+def same(a, b):
+    return all(map(torch.equal, a, b))
+
+# ---- configuration
+
+def test_flags_win_over_the_file_over_the_defaults(tmp_path):
+    assert config().dataset == "chain" and config("--lr", 0.5).lr == 0.5
+    c = config("--model", "Qwen2.5-0.5B")
+    assert (c.lr, c.z_dim, c.kappa, c.top_frac, c.dataset) == (1e-6, 128, 0.005, 0.05, "gsm8k")  # the papers'
+    file = tmp_path / "c.yaml"
+    file.write_text("common: {lr: 2.0e-4, seed: 6}\niiblpo: {seed: 7, operands: [2, 3]}\nib_tpo: {x: 1}\n")
+    c = config("--model", "x", "--config", file, "--keep", 8)
+    assert (c.lr, c.seed, c.operands, c.z_dim, c.keep) == (2e-4, 7, [2, 3], 128, 8)
+    assert config("--method", "dapo").clip_high == 0.28 and config().clip_high == 0.2
+
+@each("text, message", [
+    ("common: {max_step: 3}", "--max_step"), ("common: {lr: fast}", "'fast'"), ("- a\n- b", "sections"),
+    ("iiblpo: {max_steps: 1.5}", "'1.5'"), ("common: {method: ppo}", "'ppo'"), ("lr: [", "cannot read"),
+    ("", ""), ("common: {lr: }", "None"), ("common: {operands: [2]}", "operands"), ("common: {1: 2}", "1")])
+def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    assert message in refused(capsys, "--config", tmp_path / "c.yaml")
+
+@each("flags, message", [
+    ("--max_step 3", "--max_step"), ("--lr x", "--lr"), ("--rollouts 0", "rollouts"), ("--prompt x", "{q"),
+    ("--operands 5 3", "operands"), ("--initial 4", "below rollouts"), ("--config no.yml", "no.yml"),
+    ("--resume", "to resume"), ("--out policy", "policy exists"), ("--out policy/config.json/x", "cannot"),
+    ("--max_new_tokens 9999", "too many for the model"), ("--top_frac 1.1", "top_frac"),
+    ("--operands 2 3 --eval_prompts 900", "there are not 900"), ("--dataset none.jsonl", "none.jsonl"),
+    ("--model tiny --dataset d.jsonl", "needs a --model"), ("--model no/such", "the model no/such")])
+def test_a_mistake_is_one_line_before_any_work(folder, capsys, flags, message):
+    before = set(Path().rglob("*"))
+    assert message in refused(capsys, *QUICK, *flags.split())
+    assert set(Path().rglob("*")) - before <= {Path("runs")}
+
+@each("script", [m, tpo])
+def test_every_number_has_its_range(script, capsys):
+    may_be_0 = ("seed max_tokens habit psa_layers psa_gamma psa_decay_steps psa_halflife cvae_refresh keep "
+                "kappa lr clip_low clip_high entropy_bonus top_frac max_grad_norm lam kl").split()
+    may_be_0.append("beta" if script is m else "rollouts")
+    for name, default in asdict(script.Config()).items():
+        for text in ["-1", "nan", "inf", "1e30", "9" * 30, "", "0"] * (not isinstance(default, (bool, str))):
+            count = len(default) if isinstance(default, list) else 1
+            flags = ["--model", "x", "--" + name, *[text] * count]
+            if text == "0" and name in may_be_0:
+                assert getattr(script.parse_config("x", flags), name) == 0
+            else:
+                assert name in refused(capsys, *flags, script=script)
+
+# ---- problems
+
+def test_chain_arithmetic():
+    for q, value in {"3+4*2=": "1", "1-2*3-4=": "1", "9*9*9=": "9", "2-9=": "3"}.items():
+        assert m.chain_value(q) == value
+    found = {m.demonstration("3+4*2=", random.Random(i), 0.5) for i in range(20)}
+    assert found == {"7*2\n4\n#4", "3+8\n1\n#1"}
+    rng = random.Random(0)
+    for q in m.chain_questions(rng, [2, 7], False, 200):
+        lines = [q[:-1], *m.demonstration(q, rng, 0.3).split("\n")]
+        for a, b in zip(lines, lines[1:-1]):  # each line follows from the one before by one reduction
+            assert b in [m.reduce_at(a, i) for i in range(1, len(a), 2)]
+        assert lines[-1] == "#" + lines[-2] and m.chain_value(q) == str(eval(q[:-1]) % 10)
+
+@each("habit", [0, 0.75, 1])
+def test_habit_is_the_share_of_leftmost_reductions(habit):
+    rng, left, expected, variance = random.Random(0), 0, 0.0, 1e-9
+    for q in m.chain_questions(rng, [3, 7], False, 1500):
+        lines = [q[:-1], *m.demonstration(q, rng, habit).split("\n")]
+        for a, b in zip(lines, lines[1:-1]):
+            results = [m.reduce_at(a, i) for i in range(1, len(a), 2)]
+            if results.count(results[0]) == 1 < len(results):  # else nobody can tell what was reduced
+                p = habit + (1 - habit) / len(results)
+                left, expected, variance = left + (b == results[0]), expected + p, variance + p * (1 - p)
+    assert expected > 1000 and abs(left - expected) <= 4 * math.sqrt(variance)
+
+def test_evaluation_problems_are_held_out():
+    train, heldout = m.load_problems(config("--operands", 4, 5))
+    other, again = m.load_problems(config("--operands", 4, 5, "--seed", 5))
+    assert heldout == again and train != other and len(set(heldout)) == 256
+    assert not {*train, *other} & {*heldout} and all(gold == m.chain_value(q) for q, gold in train + heldout)
+
+def test_copying_the_question_earns_nothing():
+    texts = ("#1", "3+4*2=\n#3+4*2", "#1+0", "", "#5\n#1", "#1\n#5")
+    batch = [m.Trajectory([], gold="1", text=x) for x in texts]
+    m.judge(batch, config())
+    assert [t.reward for t in batch] == [1, 0, 0, 0, 1, 0]
+    m.judge(batch, config("--model", "x"))  # where answers are mathematics, 1+0 is 1
+    assert [t.reward for t in batch] == [1, 0, 1, 0, 1, 0]
+
+def test_the_tiny_tokenizer_survives_its_folder(folder):
+    t, text = transformers.PreTrainedTokenizerFast.from_pretrained("policy"), "3+4*2=\n7*2\n#4"
+    assert len(t) == 18 and len(t(text).input_ids) == len(text) and t.decode(t(text).input_ids) == text
+
+def test_a_warm_start_is_made_once_and_never_in_halves(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--warm_steps 3 --operands 2 3 --max_steps 1 --eval_prompts 2 --eval_samples 1 --method grpo "
+             "--prompts_per_step 2 --rollouts 2 --out run").split()
+    with monkeypatch.context() as patch:
+        tokenizers = transformers.PreTrainedTokenizerFast
+        patch.setattr(tokenizers, "save_pretrained", lambda *a: open("/no/x", "w"))
+        assert "cannot write" in refused(capsys, *flags)
+    assert not Path("run").exists() and not list(Path("runs").glob("warm_start-*[0-9a-f]"))
+    made = m.warm_start(config(*flags))
+    monkeypatch.setattr(torch.optim, "Muon", None)  # it is not trained again
+    assert m.warm_start(config(*flags)) == made and m.main(flags)["after"]["length"] > 0
+    assert sum(p.numel() for p in m.load_policy(config(*flags))[0].parameters()) == 643_328
+    with pytest.raises(TypeError):
+        m.warm_start(config(*flags, "--warm_steps", 2))  # another one
+
+ROWS = [{"question": f"What is {i}+{i}?", "answer": f"It is.\n#### {2 * i}"} for i in range(40)]
+
+def write_lines(rows):
+    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+def test_local_files_of_each_kind(folder):
+    write_lines(ROWS)
+    Path("d.json").write_text(json.dumps(ROWS))
+    other = [{"prompt": r["question"], "solution": rf"so \boxed{{{2 * i}}}"} for i, r in enumerate(ROWS)]
+    datasets.Dataset.from_list(other).to_parquet("d.parquet")
+    for name in ("d.jsonl", "d.json", "d.parquet"):
+        train, heldout = m.load_problems(config("--model", "x", "--dataset", name, "--eval_prompts", 8))
+        assert (len(train), train[3], heldout[0]) == (32, ("What is 3+3?", "6"), ("What is 32+32?", "64"))
+    write_lines(ROWS[:8] + ROWS[:6])  # half is held out at most, and no question is on both sides
+    train, heldout = m.load_problems(config("--model", "x", "--dataset", "d.jsonl"))
+    assert len(heldout) == 7 and [q for q, _ in train] == ["What is 6+6?"]
+
+@each("rows, message", [
+    ([], "cannot load the dataset"), ([{"q": "a", "answer": "b"}] * 9, "column question"), (ROWS[:1], ""),
+    ([{"question": "a", "a": "b"}] * 9, "column answer"), (ROWS[:1] * 9, "not held out"),
+    (ROWS[:5] + [{"question": "x", "answer": None}], "an answer of"), (b"[1, 2]\n[3]\n", "d.jsonl"),
+    (ROWS[:5] + [{"question": "", "answer": "5"}], "a question"), (b'{"question": "a", \n' * 9, "d.jsonl"),
+    (ROWS[:2] + [{"question": "x", "answer": "so " * 200}], "at most 300 characters"),
+    ('{"question": "né?", "answer": "5"}\n'.encode("latin-1") * 9, "d.jsonl")])
+def test_bad_data_is_one_line(folder, capsys, rows, message):
+    Path("d.jsonl").write_bytes(rows) if isinstance(rows, bytes) else write_lines(rows)
+    assert message in refused(capsys, *QUICK, "--dataset", "d.jsonl", "--out", "run")
+    assert not Path("run").exists()
+
+# ---- sampling, and PSA
+
+def steered(kind="Qwen2", *flags, scale=10):
+    """A policy, and latents with weights large enough to matter."""
+    model, tokenizer = small_model(kind), m.tiny_tokenizer()
+    c = config("--z_dim", 4, "--max_new_tokens", 14, "--micro_tokens", 90, "--rollouts", 99, *flags)
+    seed(5)
+    latents = m.prepare(model, c)
+    for p in latents[1].parameters():
+        p.data *= scale
+    return model, tokenizer, c, latents
+
+def steer(psa, batch, z):
+    """`psa.steer` in the columns of last_states, where column P + t is token t."""
+    P = max(len(t.prompt) for t in batch)
+    return psa.steer(z, tensor([P + t.start - 1 for t in batch]))
+
+def catch_latents(monkeypatch, psa):
+    """A dictionary that will know the latent of each branch."""
+    found, real = {}, m.sample
+
+    def spy(model, tokenizer, begun, config, greedy=False, steer=None):
+        out = real(model, tokenizer, begun, config, greedy, steer)
+        if steer:
+            with monkeypatch.context() as patch:
+                patch.setattr(psa, "steer", lambda z, born: z)
+                found.update(zip(out, steer(list(range(len(begun))), 0)))
+        return out
+
+    monkeypatch.setattr(m, "sample", spy)
+    return found
+
+def slow_tokens(model, psa, t, z=None):
+    """ln π(o_t) and H_t by Qwen2 with PSA in plain loops over positions and heads; no cache, no mask."""
+    c, ids, layers = model.config, tensor(t.prompt + t.response), model.model.layers
+    n, D, KV, born = len(ids), c.head_dim, c.num_key_value_heads, len(t.prompt) + t.start - 1
+    angle = torch.arange(n)[:, None] / c.rope_parameters["rope_theta"] ** (torch.arange(0, D, 2) / D)
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    x, L = model.model.embed_tokens(ids), psa.to_norm.out_features // c.hidden_size
+
+    def rotate(x):
+        return x * cos + torch.cat([-x[:, D // 2:], x[:, :D // 2]], -1) * sin
+
+    def norm(x, w):
+        return w * x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt()
+
+    for l, layer in enumerate(layers, L - len(layers)):  # below 0: not steered
+        w, h, out, a, sees = layer.input_layernorm.weight, [], [], layer.self_attn, z is not None and l >= 0
+        if sees:
+            key, value = (psa.gamma * (p.weight @ z).view(L, KV, 1, D)[l] for p in (psa.to_key, psa.to_value))
+            change = psa.gamma * (psa.to_norm.weight @ z).view(L, -1)[l]
+        for i in range(n):
+            fades = 0.5 ** ((i - born) / psa.halflife) if psa.halflife else 1
+            h.append(norm(x[i], w + fades * change if sees and i >= born else w))
+        q, k, v = (p(torch.stack(h)).view(n, -1, D) for p in (a.q_proj, a.k_proj, a.v_proj))
+        for i, j in itertools.product(range(n), range(c.num_attention_heads)):
+            g = j * KV // c.num_attention_heads
+            keys, values = rotate(k[:, g])[:i + 1], v[:i + 1, g]
+            if sees and i >= born:
+                keys, values = torch.cat([key[g], keys]), torch.cat([value[g], values])
+            out.append((rotate(q[:, j])[i] @ keys.T / D ** 0.5).softmax(-1) @ values)
+        x = x + a.o_proj(torch.cat(out).view(n, -1))
+        h = norm(x, layer.post_attention_layernorm.weight)
+        x = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h))
+    p = (norm(x, model.model.norm.weight) @ model.lm_head.weight.T).softmax(-1)[len(t.prompt) - 1:-1]
+    return torch.stack([q[o].log() for q, o in zip(p, t.response)]), -(p * p.log()).sum(-1)
+
+@each("kind, flags", [(kind, []) for kind in KINDS] + [
+    ("Qwen2", ["--psa_layers", 2, "--psa_halflife", 3, "--psa_gamma", 0.7]), ("Qwen3", ["--psa_layers", 0])])
+def test_recorded_log_probs_are_those_of_a_teacher_forced_pass(kind, flags, monkeypatch):
+    """Prompts and prefixes of many lengths, several generate calls; bare, then steered."""
+    model, tokenizer, c, latents = steered(kind, "--generate_tokens", 150, "--top_frac", 0.6, *flags)
+    starts = prompts("1+2=\n", "3*4*5-6+7=\n", "9-9-9=\n", "1=\n", "2+2+2+2=\n") * 2
+    seed(1)
+    parents = m.sample(model, tokenizer, starts, c)
+    latent = catch_latents(monkeypatch, latents[1])
+    children = m.branch(model, tokenizer, latents, parents, c)
+    assert [t.prompt for t in parents] == [t.prompt for t in starts] and list(latent) == children
+    assert len({t.start for t in children}) > 3 < len({len(t.response) for t in parents})
+    passes, effects = [*zip(parents, *m.token_logps(model, parents))], []
+    with steer(latents[1], children, torch.stack(list(latent.values()))):
+        passes += [*zip(children, *m.token_logps(model, children))]
+    for t, logp, entropy, mask in passes:
+        n, own, before = len(t.response), slice(t.start, len(t.response)), slice(t.start or len(t.response))
+        assert t.complete == (t.response[-1] == 1) and 1 not in t.response[:-1] and 14 in (n, t.complete * 14)
+        assert t.text == tokenizer.decode(t.response, skip_special_tokens=True) and len(t.entropy) == n
+        assert mask.nonzero().flatten().tolist() == list(range(t.start, n))
+        assert (logp[own] - t.logps[own]).abs().max() < 1e-4 > (entropy[own] - t.entropy[own]).abs().max()
+        bare, H = teacher_forced(model, t)
+        if t not in latent or t.start:  # a prefix was sampled without a latent
+            assert (bare - t.logps)[before].abs().max() < 1e-4 > (H - t.entropy)[before].abs().max()
+        effects += [(bare - t.logps)[own].abs().max().item()] * (t in latent)
+    assert min(effects) > 1e-4 and max(effects) > 1e-2
+
+def test_outside_steer_and_with_gamma_0_the_model_is_bit_for_bit_the_bare_one():
+    model, c, starts = small_model(), config("--max_new_tokens", 9), prompts("1+2=\n", "3*4*5-6=\n")
+    batch, keys, z = m.sample(model, m.tiny_tokenizer(), starts, c), {*model.state_dict()}, torch.ones(2, 16)
+
+    def look():
+        seed(0)
+        drawn = m.sample(model, m.tiny_tokenizer(), starts, c)
+        logits = model(tensor([starts[0].prompt])).logits
+        return [logits, *m.token_logps(model, batch), *[t.logps for t in drawn]]
+
+    bare, (_, psa) = look(), m.prepare(model, c)
+    assert same(bare, look()) and {*model.state_dict()} == keys  # PSA is no part of the policy
+    with pytest.raises(ZeroDivisionError), steer(psa, batch, z):
+        assert not torch.equal(m.token_logps(model, batch)[0], bare[1])
+        1 / 0
+    assert same(bare, look())
+    psa.gamma = 0.0
+    with steer(psa, batch, z):
+        assert same(bare, look())
+
+def test_a_prefix_is_untouched_by_its_branches_latents():
+    model, _, _, (_, psa) = steered()
+    t = m.Trajectory([5, 12, 6], response=[3, 4, 12, 5, 6, 7], start=3)
+    ids, logits, born = tensor([t.prompt + t.response]), [], 3 + 3 - 1
+    for z in torch.randn(2, 1, 4):
+        with steer(psa, [t], z):
+            logits.append(model(ids).logits[0])
+    a, b = logits
+    assert torch.equal(a[:born], b[:born]) and (a - model(ids).logits[0])[:born].abs().max() < 1e-5
+    assert (a - b)[born:].abs().amax(-1).min() > 1e-3
+
+def test_sampling_follows_the_policy():
+    """At temperature 1 from the softmax of the raw logits."""
+    model, start, c = small_model(), prompts("1+2=\n"), config("--max_new_tokens", 1)
+    p = model(tensor([start[0].prompt])).logits[0, -1].softmax(-1)
+    drawn = tensor([t.response[0] for t in m.sample(model, m.tiny_tokenizer(), start * 4000, c)])
+    assert (torch.bincount(drawn, minlength=18) / 4000 - p).abs().max() < 0.04
+    assert m.sample(model, m.tiny_tokenizer(), start, c, greedy=True)[0].response == [p.argmax()]
+
+def test_micro_batches():
+    sizes = random.Random(0).sample(range(1, 90), 50)
+    batches = m.micro_batches(sizes, 200)
+    assert sorted(sum(batches, [])) == list(range(50)) and len(batches) < 40
+    assert all(len(b) * max(sizes[i] for i in b) <= 200 or len(b) == 1 for b in batches)
+
+# ---- stage 1
+
+def test_branch_positions():
+    H = tensor([[9., .1, .8, .3, .7, 5.], [9., 9., 9., .2, .1, 0.], [1.] * 6, [9., 1., 2., 3., 4., 5.]])
+    mask = torch.arange(6) < tensor([5, 2, 1, 6])[:, None]
+    # 0: candidates 1-4, of which {2, 4} are the top half; 1: only 1; 2: a single token, so 0; 3: 5 is EOS
+    drawn = [m.branch_positions(H, mask, 0.5, torch.Generator().manual_seed(i)).tolist() for i in range(400)]
+    assert [set(column) for column in zip(*drawn)] == [{2, 4}, {1}, {0}, {4, 5}]
+    assert 150 < sum(row[0] == 2 for row in drawn) < 250  # uniform
+    assert m.branch_positions(H, mask, 0.01).tolist() == [2, 1, 0, 5]  # at least one
+    parent = m.Trajectory([7], response=[2] * 5, logps=torch.ones(5), entropy=H[0, :5])
+    (t,) = m.prefixes_to_branch([parent], config("--top_frac", 0.01))
+    assert t.start == len(t.response) == len(t.logps) == len(t.entropy) == 2  # o_t* is decided again
+
+def test_gamma_decays_linearly(folder, monkeypatch):
+    c, seen, real = config("--psa_gamma", 2, "--psa_decay_steps", 10), [], m.explore
+    assert [m.psa_gamma(s, c) for s in (0, 5, 10, 99)] == [2, 1, 0, 0]
+    monkeypatch.setattr(m, "explore", lambda *a: seen.append(a[2][1].gamma) or real(*a))
+    run("--psa_decay_steps", 2, "--max_steps", 3)
+    assert seen == [1, 0.5, 0]
+    assert m.psa_gamma(99, config("--psa_decay_steps", 0)) == config().psa_gamma == 1
+
+def test_latents_are_drawn_from_the_prior():
+    seed(0)
+    cvae, c, x = m.LatentCVAE(6, 3), torch.randn(5, 6), torch.randn(5, 6)
+    prior, posterior, z = cvae.prior(c), cvae.posterior(c, x), cvae.sample(c, 20_000)
+    assert z.shape == (5, 20_000, 3) and prior.mean.shape == posterior.mean.shape == (5, 3)
+    assert (z.mean(1) - prior.mean).abs().max() < 0.05 > (z.std(1) - prior.stddev).abs().max()
+    assert not posterior.mean.allclose(cvae.posterior(c, x.flip(0)).mean, atol=1e-3)
+    assert prior.mean.allclose(cvae.prior(7 * c + 3).mean, atol=1e-3)  # features are standardised
+
+def begun(model, tokenizer, c):
+    """Prefixes of many lengths, and how they went on."""
+    seed(2)
+    batch = m.sample(model, tokenizer, prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n", "1+1+2=\n"), c)
+    return [replace(t, start=len(t.response) // 2) for t in batch]
+
+def test_the_latents_loss_is_the_elbo_of_the_steered_policy(monkeypatch):
+    model, tokenizer, c, (cvae, psa) = steered("Qwen2", "--psa_halflife", 4, "--psa_layers", 2)
+    cvae.posterior_net[-1].weight.data *= 9
+    batch, seen, real, e, kl = begun(model, tokenizer, c), [], psa.steer, [[], []], torch.zeros(4)
+    monkeypatch.setattr(psa, "steer", lambda z, born: seen.append(z) or real(z, born))
+    seed(1)
+    loss, gain, fast_kl = m.latent_loss(model, (cvae, psa), batch)
+    for t in batch:  # mean states of the prefix, and of the continuation
+        hidden, n = model.model(tensor([t.prompt + t.response])).last_hidden_state[0], len(t.prompt) + t.start
+        e[0].append(hidden[:n].mean(0))
+        e[1].append(hidden[n:].mean(0))
+    prefix, continuation = map(torch.stack, e)
+    q, p, slow = cvae.posterior(prefix, continuation), cvae.prior(prefix), []
+    seed(1)
+    assert seen[0].allclose(q.rsample(), atol=1e-4)
+    for i, t in enumerate(batch):
+        own, bare = (slow_tokens(model, psa, t, z)[0][t.start:].sum().item() for z in (seen[0][i], None))
+        slow.append(own)
+        assert gain[i].item() == approx(own - bare, abs=1e-4)
+        d, ratio = q.mean[i] - p.mean[i], q.variance[i] / p.variance[i]
+        kl += 0.5 * (ratio + d * d / p.variance[i] - 1 - ratio.log()) / 4
+    assert fast_kl.allclose(kl, atol=1e-4) and 0 < (kl > 0.2).sum() < 4  # 0.2 nats are free
+    assert loss.item() == approx(sum(max(0.2, k) for k in kl.tolist()) - sum(slow) / 4, abs=1e-4)
     loss.backward()
-    grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    for g in grads[1:]:
-        assert (g - grads[0]).norm() / grads[0].norm() < 1e-5
+    assert all(p.grad.abs().sum() > 0 for p in [*cvae.parameters(), *psa.parameters()])
 
+def test_alternatives_begin_with_the_likeliest_tokens_where_the_policy_hesitates():
+    model, tokenizer, c, _ = steered("Qwen2", "--cvae_pairs", 50, "--top_frac", 0.3)
+    pairs = m.alternatives(model, tokenizer, prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n") * 8, c)
+    tried = {}
+    for t in pairs:
+        p = model(tensor([t.prompt + t.response[:t.start]])).logits[0, -1].softmax(-1)
+        first = t.response[t.start]
+        assert first in p.topk(4).indices and p[first] > 0.01 and first != 1 and len(t.response) <= 14
+        tried.setdefault((*t.prompt, *t.response[:t.start]), set()).add(first)
+    assert 20 < len(pairs) <= 50 and sum(len(x) > 1 for x in tried.values()) > 5
 
-def test_logits_in_chunks_and_gradient_checkpointing_change_nothing(monkeypatch):
-    model, grads = small_model(vocab_size=50), []
+def test_training_the_latents_lowers_the_loss_and_leaves_the_policy_alone(monkeypatch):
+    model, tokenizer, c, latents = steered("Qwen2", "--cvae_steps", 60, "--micro_tokens", 999, scale=1)
+    pairs, before = begun(model, tokenizer, c) * 4, [p.clone() for p in model.parameters()]
+    monkeypatch.setattr(m, "alternatives", lambda *a: pairs)
+    first = m.latent_loss(model, latents, pairs)[0]
+    latents[1].gamma = 0.0  # they are trained at full strength, whatever it has faded to
+    report = m.train_latents(model, tokenizer, latents, [], c)
+    assert m.latent_loss(model, latents, pairs)[0] < first - 1 < first - 2 + report["z_gain"]
+    assert same(before, model.parameters()) and 0 <= report["active_dims"] <= 4
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+def test_branches_share_the_budget_first_ones_first(monkeypatch):
+    model, tokenizer, c, latents = steered("Qwen2", "--branches", 2)
+    parents = prompts("1=\n", "2=\n", "3=\n")
+    for t, n in zip(parents, (5, 8, 4)):
+        t.response = [3] * n
+    prefixes = [replace(t, response=[3, 3], start=2) for t in parents]
+    monkeypatch.setattr(m, "prefixes_to_branch", lambda *a: prefixes)
+    found = {0: [], 2: [], 3: [0], 10: [0, 1], 11: [0, 1, 2], 20: [0, 1, 2, 0, 1], math.inf: [0, 1, 2] * 2}
+    for parts, budget in itertools.product((latents, []), found):  # they expect 3, 6, 2, 3, 6, 2 tokens
+        assert [t.group for t in m.branch(model, tokenizer, parts, parents, c, budget)] == found[budget]
+
+# ---- stage 2, and formulas
+
+def test_ib_score_by_hand():
+    # group 0: Ĥ = 1 + 2 = 3 and 1, mean 2 -> 3/2 and 1/2; group 5: alone -> 1
+    H, mask = tensor([[1., 2., 9.], [1., 9., 9.], [.5] * 3]), tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    s = m.trajectory_ib_score(tensor([2., -1., 0.]), H, mask, tensor([0, 0, 5]), 0.5)
+    assert s.tolist() == approx([1 - 1.5, -0.5 - 0.5, -1])
+
+def test_select_top_n():
+    def select(rewards, always, n, scores=(.1, .5, .3, .4, .2), lengths=(5,) * 5, groups=(0,) * 5):
+        return m.select_top_n(*map(tensor, (scores, rewards, lengths, groups)), n, always)
+
+    no, first = [False] * 5, [True] + [False] * 4
+    assert select([1.] * 5, no, 2) == [1, 3] and select([1.] * 5, no, 9) == [0, 1, 2, 3, 4]
+    assert select([1.] * 5, no, 2, scores=(1.,) * 5, lengths=(5, 3, 5, 4, 9)) == [1, 3]  # ties: the shorter
+    assert select([0., 1, 0, 1, 0], no, 2) == [1, 2]  # 3 gives way to the best of the other reward
+    assert select([0., 1, 0, 1, 0], first, 2) == [0, 1, 3]  # they differ already
+    assert select([1., 1, 0, 1, 0], first, 2) == [0, 1, 2]
+    assert select([0., 1, 0, 1, 0], no, 1) == [1]  # one is kept: nothing can differ
+    assert select([1.] * 5, no, 1, groups=(0, 0, 0, 4, 4)) == [1, 3]
+
+def test_answer_gain_by_hand():
+    """ln π(a* | q, r̄, cue) - ln π(a* | q, cue), in nats a token of the answer; the tiny cue is #."""
+    model, tokenizer, c, _ = steered()
+    batch, before = prompts("1+2=\n", "9-9=\n", "2=\n"), ["4+1\n", "0\n", "12"]
+    for t, t.gold, t.text in zip(batch, ("3", "17", "2"), ("4+1\n#3", "0\n###5", "12")):
+        pass
+    for t, own, gain in zip(batch, before, m.answer_gain(model, tokenizer, batch, c).tolist()):
+        probes = [m.Trajectory(t.prompt, response=tokenizer(x + "#" + t.gold).input_ids) for x in (own, "")]
+        a, b = (teacher_forced(model, p)[0][-len(t.gold):].mean().item() for p in probes)
+        assert gain == approx(a - b, abs=1e-5)
+
+def test_ib_self_reward_has_a_gradient_through_the_entropy():
+    H = tensor([[1., 2.], [3., 4.]], requires_grad=True)
+    value = m.ib_self_reward(H, tensor([2., -1.]), tensor([[1, 1], [1, 0]]))
+    value.backward()
+    assert value.item() == approx((2 + 4 - 3) / 3)
+    assert H.grad.flatten().tolist() == approx([2 / 3, 2 / 3, -1 / 3, 0])
+
+def test_token_entropy():
+    assert m.token_entropy(torch.zeros(2, 3, 8)).allclose(torch.full((2, 3), math.log(8)))
+    assert m.token_entropy(tensor([0.5, 0.25, 0.25]).log()).item() == approx(1.5 * math.log(2), abs=1e-6)
+    assert m.token_entropy(tensor([3.0, -math.inf])).item() == 0
+    x = tensor([200.0, 0.0, 1.0], requires_grad=True)
+    m.token_entropy(x).backward()
+    assert x.grad.isfinite().all()
+
+def slow_advantage(t, peers):
+    rewards = [p.reward for p in peers if p.group == t.group]
+    mean = sum(rewards) / len(rewards)
+    return (t.reward - mean) / (math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards)) + 1e-4)
+
+def test_group_advantages_by_hand_and_slowly():
+    # group 7: rewards 1 0 0 1 -> mean 1/2, population std 1/2; group 3: equal rewards -> 0; 8: alone -> 0
+    a = m.group_advantages(tensor([1., 0, 3, 0, 1, 3, 9]), tensor([7, 7, 3, 7, 7, 3, 8]))
+    assert a.tolist() == approx([0.5 / 0.5001, -0.5 / 0.5001, 0, -0.5 / 0.5001, 0.5 / 0.5001, 0, 0])
+    rewards, groups = torch.rand(50), torch.randint(0, 9, (50,))
+    ts = [m.Trajectory([], group=g, reward=r) for g, r in zip(groups.tolist(), rewards.tolist())]
+    slow = [slow_advantage(t, ts) for t in ts]
+    assert m.group_advantages(rewards, groups).tolist() == approx(slow, abs=1e-4)
+
+def test_what_is_kept_of_one_reward_stands_for_what_was_dropped():
+    ts = [m.Trajectory([], group=i // 4, reward=r) for i, r in enumerate([1., 0., 0., 0., 1., 0.])]
+    m.set_advantages(ts, [ts[0], ts[2], ts[4], ts[5]])
+    std, half = math.sqrt(3) / 4 + 1e-4, 0.5 / 0.5001  # of 1 0 0 0, whose mean is 1/4
+    assert [ts[i].advantage for i in (0, 2, 4, 5)] == approx([0.75 / std, 3 * -0.25 / std, half, -half])
+
+def test_policy_loss_by_hand_and_slowly():
+    # ratios 2 and 1/2 with A = 1 and clip 0.2: min(2, 1.2) = 1.2 and min(0.5, 0.8) = 0.5, mean 0.85
+    logp, ones = tensor([[math.log(2.0), math.log(0.5)]]), torch.ones(1, 2)
+    for A, method, value in ((1, "grpo", -0.85), (-1, "grpo", (2 + 0.8) / 2), (1, "dapo", -(1.28 + 0.5) / 2)):
+        c = config("--method", method)
+        assert m.policy_loss(logp, 0 * logp, tensor([A]), ones, c)[0].item() == approx(value)
+    logp, old, mask = -torch.rand(5, 7), -torch.rand(5, 7), torch.rand(5, 7) < 0.7
+    for A in (torch.randn(5), torch.randn(5, 7)):
+        terms, cut = [], 0
+        for i, t in mask.nonzero().tolist():
+            r, a = math.exp(logp[i, t] - old[i, t]), (A[i, t] if A.ndim == 2 else A[i]).item()
+            terms.append(-min(r * a, min(max(r, 0.9), 1.3) * a))
+            cut += r > 1.3 and a > 0 or r < 0.9 and a < 0
+        loss, stats = m.policy_loss(logp, old, A, mask, config("--clip_low", 0.1, "--clip_high", 0.3))
+        assert loss.item() == approx(sum(terms) / len(terms), abs=1e-6)
+        assert stats["clipped"] == approx(cut / len(terms))
+
+def test_pass_at_k_by_enumeration_and_distinct_n():
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c <= n and k <= n:
+            found = [min(s) < c for s in itertools.combinations(range(n), k)]
+            assert m.pass_at_k(n, c, k) == approx(sum(found) / len(found))
+    assert m.distinct_n(["a b a", "b c"], 1) == 3 / 5 and m.distinct_n(["a b a", "a b"], 2) == 2 / 3
+    assert m.distinct_n(["a"], 4) == 0
+
+def test_what_is_logged_of_rollouts_by_hand():
+    rows = [(0, 1, "a", 0), (0, 1, "a", 0), (0, 1, "b", 0), (0, 0, "c", 1), (1, 0, "a", 0), (1, 0, "b", 0)]
+    fixed = dict(prompt=[2], response=[3, 4], entropy=tensor([1., 3.]))
+    ts = [m.Trajectory(**fixed, group=g, reward=r, text=x, start=s) for g, r, x, s in rows]
+    log = m.rollout_metrics(ts)
+    assert log == {"reward": 0.5, "eff_rate": 0.5, "pass@k": 0.5, "distinct_correct": 1.0, "trajectories": 6,
+                   "entropy": approx(23 / 11), "tokens_sampled": 11}
+
+def test_evaluation_by_hand(monkeypatch, tmp_path):
+    answers = [["#1", "#1", "2 #2", "#1"], ["#5", "#5", "#4", "#3 #4"]]  # to golds 1 and 4, in turn
+
+    def fake(model, tokenizer, problems, config, greedy=False):
+        turns = list(map(iter, answers))
+        return [replace(t, text=next(turns[t.group]), response=[1, 1, 1]) for t in problems]
+
+    monkeypatch.setattr(m, "sample", fake)
+    problems = [m.Trajectory([], question="q", gold=gold) for gold in "14"]
+    found = m.evaluate(None, None, problems, config("--eval_samples", 4), tmp_path / "s")
+    assert found == approx({"greedy": 1 / 2, "pass@1": (3 / 4 + 1 / 4) / 2, "pass@k": 1, "maj@k": 1 / 2,
+                            "length": 3, "distinct_1": 3 / 5, "distinct_4": 0, "distinct_correct": 1})
+    lines = [json.loads(x) for x in (tmp_path / "s").read_text().splitlines()]
+    assert lines[2] == {"question": "q", "answer": "1", "response": "2 #2", "reward": 0.0} and len(lines) == 8
+
+# ---- the whole step against slow loops
+
+def explored(monkeypatch, *flags):
+    """A step of the method up to its update, with known latents."""
+    model, tokenizer, c, latents = steered(
+        "Qwen2", *"--branches 3 --initial 2 --keep 3 --top_frac .3 --kappa .2 --beta .7".split(),
+        "--max_grad_norm", 1e9, *flags)
+    monkeypatch.setattr(m, "judge", by_checksum)
+    latent = catch_latents(monkeypatch, latents[1])
+    problems = m.share(m.encode([("1+2*3=", "7"), ("9-4=", "5")], model, tokenizer, c))
+    seed(8)
+    return model, tokenizer, c, latents, latent, *m.explore(model, tokenizer, latents, problems, c)
+
+def test_a_slow_reference_reproduces_the_method(monkeypatch):
+    """Ω, Î, Ĥ, S_IB, the selection, the advantages, the loss and its gradient."""
+    model, tokenizer, c, (cvae, psa), latent, candidates, kept, scores = explored(monkeypatch)
+    gains, sums, expected, terms = [], [], [], []
+    assert len(candidates) == 16 and list(latent) == candidates[4:]
+    for t, parent in zip(candidates, itertools.cycle(candidates[:4])):
+        logp, H = slow_tokens(model, psa, t)
+        if t in latent:
+            own, own_H = slow_tokens(model, psa, t, latent[t])  # the prefix was sampled without
+            logp, H = torch.cat([logp[:t.start], own[t.start:]]), torch.cat([H[:t.start], own_H[t.start:]])
+            order = sorted(range(1, len(parent.response)), key=lambda j: -parent.entropy[j].item())
+            assert t.start in order[:max(1, int(0.3 * len(order)))]  # Ω
+            assert t.group == parent.group and t.response[:t.start] == parent.response[:t.start]
+        assert (logp - t.logps).abs().max() < 1e-5 and (H - t.entropy).abs().max() < 2e-5
+        value = []
+        for x in (t.text[:t.text.rindex("#")].rstrip("#") if "#" in t.text else t.text, ""):
+            probe = m.Trajectory(t.prompt, response=tokenizer(x + "#" + t.gold).input_ids)
+            value.append(slow_tokens(model, psa, probe)[0][-1].item())  # the answer is one token
+        gains.append(value[0] - value[1])
+        sums.append(H.sum().item())
+    for g in (0, 1):
+        own = [i for i, t in enumerate(candidates) if t.group == g]
+        S = {i: 0.7 * gains[i] - sums[i] / (sum(sums[j] for j in own) / len(own)) for i in own}
+        assert scores[own].tolist() == approx(list(S.values()), abs=1e-4)
+        branches = sorted(own[2:], key=lambda i: -S[i])
+        chosen = own[:2] + branches[:3]
+        others = [i for i in branches[3:] if candidates[i].reward != candidates[chosen[-1]].reward]
+        if len({candidates[i].reward for i in chosen}) == 1 and others:
+            chosen[-1] = others[0]
+        expected += chosen
+    assert [candidates[i] for i in sorted(expected)] == kept
+
+    m.set_advantages(candidates, kept)
+    for t in kept:
+        t.logps = t.logps + 0.3 * torch.randn(len(t.logps))  # as after other updates: clipping takes part
+        alike = [[p for p in ts if (p.group, p.reward) == (t.group, t.reward)] for ts in (candidates, kept)]
+        A = slow_advantage(t, candidates) * len(alike[0]) / len(alike[1])
+        logp, H = slow_tokens(model, psa, t)  # of the bare policy
+        for i in range(t.start, len(t.response)) if A else ():  # a prefix belongs to its parent
+            r = (logp[i] - t.logps[i]).exp()
+            terms.append(-torch.minimum(r * A, r.clamp(0.8, 1.2) * A) - 0.2 * A * H[i])
+    loss, grab = sum(terms) / len(terms), Grab(model)
+    slow, stats = gradient(loss, model), m.update(model, grab, kept, c)
+    assert stats["loss"] == approx(loss.item(), abs=1e-5) and stats["clipped"] > 0
+    assert far(grab.grads[0], slow) < 1e-5 and stats["tokens_trained"] == len(terms)
+    assert all(p.grad is None for p in [*cvae.parameters(), *psa.parameters()])
+
+def test_the_ratio_of_a_branch_is_its_importance_weight(monkeypatch):
+    """1 for what the bare policy sampled; π bare over π steered for what a latent steered."""
+    model, _, c, _, _, candidates, _, _ = explored(monkeypatch)
+    for t in candidates:
+        t.advantage = 1.0
+    first, then = (m.update(model, Grab(model), batch, c) for batch in (candidates[:4], candidates[4:]))
+    assert first["ratio"] == approx(1, abs=1e-5) and first["clipped"] == 0 and first["branch_ess"] == 1
+    weights = torch.cat([(teacher_forced(model, t)[0] - t.logps)[t.start:] for t in candidates[4:]]).exp()
+    assert then["ratio"] == approx(weights.mean().item(), abs=1e-4) and abs(then["ratio"] - 1) > 1e-2
+    assert then["clipped"] == approx((weights > 1.2).float().mean().item()) and 0 < then["branch_ess"] < 0.9
+
+def test_exploring_keeps_the_initial_rollouts_and_the_token_budget(monkeypatch):
+    calls, real = [], m.branch
+    monkeypatch.setattr(m, "branch", lambda *a: calls.append((a[-1], real(*a))) or calls[-1][1])
+    *_, candidates, kept, scores = explored(monkeypatch, "--rollouts", 4, "--ib_rounds", 2)
+    (budget, branches), (left, more) = calls
+    first = candidates[:4]
+    assert candidates == first + branches + more and kept[:4] == first and len(scores) == len(candidates)
+    assert budget == m.own_tokens(first) * (4 / 2 - 1) and left == budget - m.own_tokens(branches)
+
+# ---- update
+
+def batch_for_update(model, n=12):
+    seed(3)
+    starts = prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n") * (n // 3)
+    batch = m.sample(model, m.tiny_tokenizer(), starts, config("--max_new_tokens", 15))
+    for t, t.advantage in zip(batch, torch.randn(n).tolist()):
+        t.logps = t.logps + 0.3 * torch.randn(len(t.logps))  # ratios away from 1: clipping takes part
+    return batch
+
+@each("method", ["iiblpo", "entropy_reg"])
+def test_micro_batches_and_logits_in_chunks_give_the_gradient_of_the_whole_batch(method, monkeypatch):
+    model, slow = small_model(vocab_size=50), 0
+    flags = ["--method", method, "--max_grad_norm", 1e9, "--entropy_bonus", 0.1]
     batch = batch_for_update(model)
-    for chunked, checkpointed in itertools.product((False, True), repeat=2):
-        if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        monkeypatch.setattr(m, "LOGITS", 300 if chunked else 2 ** 25)
+    for t in batch:
+        (logp, H), A = teacher_forced(model, t), t.advantage
+        r, bonus = (logp - t.logps).exp(), 0.1 if method == "entropy_reg" else 0.005 * A
+        slow = slow - (torch.minimum(r * A, r.clamp(0.8, 1.2) * A) + bonus * H).sum() / m.own_tokens(batch)
+    grad = gradient(slow, model)
+    for tokens, logits in ((10 ** 6, 2 ** 25), (60, 2 ** 25), (1, 2 ** 25), (10 ** 6, 300)):
+        monkeypatch.setattr(m, "LOGITS", logits)
         grab = Grab(model)
-        m.update(model, grab, batch, config("--max_grad_norm", 1e9, "--gradient_checkpointing", checkpointed))
-        model.activation_checkpointing_disable()
-        grads += grab.grads
-    for g in grads[1:]:
-        assert (g - grads[0]).norm() / grads[0].norm() < 1e-5
+        stats = m.update(model, grab, batch, config("--micro_tokens", tokens, *flags))
+        assert stats["loss"] == approx(slow.item(), abs=1e-5) and far(grab.grads[0], grad) < 1e-5
 
-
-def test_responses_without_advantage_cost_no_forward_pass(monkeypatch):
-    model, seen = small_model(), []
-    batch = batch_for_update(model)
+def test_trajectories_without_advantage_cost_no_pass(monkeypatch):
+    model, seen, real = small_model(), [], m.token_logps
+    batch, grab = batch_for_update(model), Grab(model)
     for t in batch[:5]:
         t.advantage = 0.0
-    real = m.token_logps
     monkeypatch.setattr(m, "token_logps", lambda model, b: seen.extend(b) or real(model, b))
-    stats = m.update(model, Grab(model), batch, config())
-    assert set(map(id, seen)) == set(map(id, batch[5:])) and stats["tokens_trained"] == sum(len(t.response) for t in batch[5:])
-    assert m.update(model, Grab(model), batch[:5], config())["tokens_trained"] == 0
+    stats = m.update(model, grab, batch, config("--updates_per_step", 2))
+    assert m.update(model, grab, batch[:5], config())["tokens_trained"] == 0 and len(grab.grads) == 2
+    assert set(seen) == set(batch[5:]) and stats["tokens_trained"] == m.own_tokens(batch[5:])
 
-
-def test_a_gradient_that_is_not_finite_is_skipped():
+def test_a_gradient_that_is_not_finite_raises_and_changes_nothing():
     model = small_model()
     batch, before = batch_for_update(model), [p.clone() for p in model.parameters()]
-    batch[0].logps = batch[0].logps - math.inf
-    stats = m.update(model, torch.optim.AdamW(model.parameters()), batch, config())
-    assert stats["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    batch[0].logps, batch[0].advantage = batch[0].logps - math.inf, -1.0
+    with pytest.raises(FloatingPointError, match="gradient is not finite"):
+        m.update(model, torch.optim.AdamW(model.parameters()), batch, config())
+    assert same(before, model.parameters())
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        m.sample(model, m.tiny_tokenizer(), prompts("1=\n"), config())
 
+def test_dapo_samples_in_the_place_of_prompts_that_teach_nothing(monkeypatch):
+    c = config("--method", "dapo", "--prompts_per_step", 3, "--rollouts", 2, "--max_new_tokens", 6)
+    rewards = {0: [1, 1], 1: [1, 0], 2: [0, 0], 3: [0, 1], 4: [1, 1], 5: [1, 0]}  # two to replace, then one
+    monkeypatch.setattr(m, "judge", lambda ts, c: [setattr(t, "reward", rewards[t.group].pop()) for t in ts])
+    seed(1)
+    candidates, kept = m.baseline_rollouts(small_model(), m.tiny_tokenizer(), prompts(*["1=\n"] * 50), c)
+    assert sorted(t.group for t in candidates) == sorted([0, 1, 2, 3, 4, 5] * 2)
+    assert kept == [t for t in candidates if t.group in (1, 3, 5) and t.complete] and 0 < len(kept) < 6
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
-
-TIMES = {"rollout_s", "update_s"}
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-@pytest.mark.parametrize("method", ["iiblpo", "grpo", "dapo", "entropy_reg"])
-def test_a_run_writes_all_that_it_promises_and_the_same_seed_gives_the_same_numbers(folder, method, capsys):
-    flags = list(map(str, [*QUICK, "--method", method, "--kl", 0.01 if method == "grpo" else 0]))
-    summary = m.main([*flags, "--out", "a"])
-    assert "before" in capsys.readouterr().out
-    m.main([*flags, "--out", "b"])
-    assert metrics("a") == metrics("b") and [x["step"] for x in metrics("a")] == [0, 1, 2, 3]
-    assert {"step", "reward", "eff_rate", "entropy", "tokens_sampled", "tokens_trained", "trajectories"} <= metrics("a")[0].keys()
-    for when in ("before", "after"):
-        assert {"greedy", "pass@1", "pass@k", "maj@k", "distinct_1", "distinct_4", "distinct_correct", "length"} <= summary[when].keys()
-    assert json.loads(Path("a/summary.json").read_text())["after"] == summary["after"]
-    transformers.AutoModelForCausalLM.from_pretrained("a/model")
-    assert not list(Path(".").rglob("*.tmp"))
-
+# ---- runs
 
 def dies_at_call(n, real):
     """`real`, interrupted at its n-th call."""
@@ -633,1407 +776,976 @@ def dies_at_call(n, real):
 
     return dies
 
+@each("method", ["iiblpo", "grpo", "dapo", "entropy_reg"])
+def test_a_run_writes_what_it_promises_and_goes_on_exactly(rewarded, method, monkeypatch):
+    flags = ["--method", method, "--psa_decay_steps", 9, "--cvae_refresh", 3]
+    summary = run(*flags, "--out", "whole")
+    log, state = metrics("whole"), torch.load("whole/state.pt")
+    keys = "reward eff_rate entropy pass@k distinct_correct tokens_sampled tokens_trained trajectories loss"
+    assert [x["step"] for x in log] == [0, 1, 2, 3] and all(set(keys.split()) <= x.keys() for x in log)
+    assert {"config", "before", "log", "model", "optimizer"} <= state.keys() and len(state["log"]) == 4
+    keys = set("greedy pass@1 pass@k maj@k distinct_1 distinct_4 distinct_correct length".split())
+    assert summary["before"].keys() == keys == summary["after"].keys()
+    assert json.loads(Path("whole/summary.json").read_text()) == summary
+    assert Path("whole/samples.jsonl").read_text().count('"reward": ') == 4 * 2
+    saved = transformers.AutoModelForCausalLM.from_pretrained("whole/model").state_dict()
+    first = small_model()
+    assert same(saved.values(), state["model"].values()) and not same(saved.values(), first.parameters())
+    seed(99)  # whatever happened before
+    with monkeypatch.context() as patch:
+        patch.setattr(m, "update", dies_at_call(4, m.update))
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, "--out", "part")
+    assert metrics("part") == log[:3] and len(torch.load("part/state.pt")["log"]) == 2
+    file = Path("part/metrics.jsonl")
+    file.unlink() if method == "grpo" else file.write_text(file.read_text()[:99])  # cut by a crash
+    resumed = run(*flags, "--out", "part", "--resume")
+    assert metrics("part") == log and [resumed[k] == summary[k] for k in ("before", "after")] == [True, True]
+    assert not list(Path().rglob("*.tmp"))
 
-@pytest.mark.parametrize("method", ["iiblpo", "grpo"])
-def test_a_resumed_run_gives_the_very_metrics_of_an_uninterrupted_one(folder, monkeypatch, method):
-    flags = list(map(str, [*QUICK, "--method", method]))
-    whole = m.main([*flags, "--out", "whole"])
-    real = m.update
-    monkeypatch.setattr(m, "update", dies_at_call(4, real))
-    with pytest.raises(KeyboardInterrupt):
-        m.main([*flags, "--out", "part"])
-    assert len(metrics("part")) == 3 and torch.load("part/state.pt")["step"] == 2
-    monkeypatch.setattr(m, "update", real)
-    resumed = m.main([*flags, "--out", "part", "--resume"])
-    assert metrics("part") == metrics("whole") and resumed["after"] == whole["after"]
-
-
-def test_max_tokens_ends_a_run(folder):
-    m.main(list(map(str, [*QUICK, "--method", "grpo", "--out", "a", "--max_steps", 99, "--max_tokens", 500])))
+def test_max_tokens_ends_a_run_and_other_settings_or_folders_are_refused(folder, capsys):
+    flags = ["--method", "grpo", "--out", "a"]
+    run(*flags, "--max_steps", 99, "--max_tokens", 300)
     tokens = [x["tokens_sampled"] for x in metrics("a")]
-    assert sum(tokens[:-1]) < 500 <= sum(tokens) and torch.load("a/state.pt")["token"] == sum(tokens)
-
-
-def test_resume_and_existing_folders_are_guarded(folder, capsys):
-    m.main(list(map(str, [*QUICK, "--method", "grpo", "--out", "a", "--max_steps", 1])))
-    before = Path("a/metrics.jsonl").read_text()
-    assert "holds a run already" in refused(capsys, *QUICK, "--method", "grpo", "--out", "a")
-    assert "lr 0.001, now 0.5" in refused(capsys, *QUICK, "--method", "grpo", "--out", "a", "--resume", "--lr", 0.5)
-    assert Path("a/metrics.jsonl").read_text() == before
-
-
-def test_five_steps_without_a_finite_gradient_stop_the_run(folder, capsys, monkeypatch):
-    monkeypatch.setattr(m, "batch_loss", lambda model, *a: (lambda x: (x, {"loss": math.nan}))(
-        sum(p.sum() for p in model.parameters()) * math.nan))
-    assert "not finite in 5 steps" in refused(capsys, *QUICK, "--method", "entropy_reg", "--max_steps", 9)
-
-
-def test_dapo_samples_in_the_place_of_prompts_that_teach_nothing(monkeypatch):
-    model, tokenizer = small_model(), m.tiny_tokenizer()
-    c = config("--method", "dapo", "--prompts_per_step", 3, "--rollouts", 2, "--max_new_tokens", 6)
-    problems = [(q, str(m.chain_value(q))) for q in m.chain_questions(random.Random(0), [4, 7], False, 50)]
-    rewards = itertools.chain([1, 1, 1, 0, 0, 0], [0, 1, 1, 1], [1, 0])  # two prompts to replace, then one
-    monkeypatch.setattr(m, "verify", lambda a, gold: bool(next(rewards)))
-    batch, log = m.collect(model, tokenizer, None, None, problems, c, random.Random(0))
-    assert log["trajectories"] == 12 and log["eff_rate"] == pytest.approx(3 / 6)
-    assert all(t.complete and t.advantage != 0 for t in batch) and len({t.group for t in batch}) <= 3
-
-
-def test_a_warm_start_is_made_once_and_never_in_halves(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    c = config("--warm_steps", 3, "--warm_batch", 8, "--operands", 2, 3)
-    monkeypatch.setattr(m.PreTrainedTokenizerFast, "save_pretrained", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        m.warm_start(c, "cpu")
-    assert not [p for p in Path("runs").glob("warm_start_*") if not p.name.endswith(".tmp")]
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    folder = m.warm_start(c, "cpu")
-    start = time.time()
-    model, tokenizer = m.load_policy(c)
-    assert time.time() - start < 1 and m.warm_start(c, "cpu") == folder
-    assert sum(p.numel() for p in model.parameters()) == 643_328 and type(model).__name__ == "Qwen2ForCausalLM"
-    assert m.warm_start(config("--warm_steps", 2, "--warm_batch", 8, "--operands", 2, 3), "cpu") != folder
-
-
-def bpe_tokenizer(texts):
-    backend = Tokenizer(models.BPE())
-    words = Regex(r"[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+| ?\p{L}+|\p{N}|\s+")  # as Qwen2: ".\n\n" may be one token
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>", "<|user|>", "<|end|>"],
-                                                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-
-
-@pytest.mark.parametrize("method", ["iiblpo", "grpo", "ib_tpo"])
-def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeypatch, method):
-    """BPE tokenizer without pad token, Llama weights, chat template, JSONL: the path that a hub model takes."""
-    monkeypatch.chdir(tmp_path)
-    text = [r["question"] + r["answer"] for r in ROWS] + ["Reason step by step and put your final answer within \\boxed{}."]
-    tokenizer = bpe_tokenizer(text)
-    tokenizer.chat_template = "<s>{% for x in messages %}<|user|>{{ x.content }}<|end|>{% endfor %}"
-    tokenizer.save_pretrained("chat")
-    model = small_model("Llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=None)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=[1, 3], top_k=1, top_p=0.1, do_sample=True)
-    model.save_pretrained("chat")
-    Path("d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
-    flags = ["--model", "chat", "--dataset", "d.jsonl", "--method", method, "--prompts_per_step", 3, "--rollouts", 4,
-             "--max_new_tokens", 12, "--eval_prompts", 4, "--eval_samples", 2, "--max_steps", 2, "--out", "run"]
-    flags += ["--cvae_pairs", 16, "--cvae_steps", 5, "--z_dim", 8] if method == "iiblpo" else []
-    script, c = (tpo, tree_config(*flags)) if method == "ib_tpo" else (m, config(*flags))
-    loaded, t = m.load_policy(c)
-    ids = m.encode_prompt(t, "What is 1+1?", c)
-    assert t.decode(ids).startswith("<s><|user|>What is 1+1?\nReason") and t.decode(ids).endswith("<|end|>")
-    assert ids.count(0) == 1 and t.pad_token_id == 1 and t.padding_side == "left"
-    assert loaded.generation_config.eos_token_id == [1, 3] and loaded.generation_config.top_p in (None, 1.0)
-    summary = script.main(list(map(str, flags)))
-    assert summary["after"]["length"] <= 12 and len(metrics("run")) == 2
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda: Path("policy/model.safetensors").write_bytes(b"no"), "cannot load the model policy"),
-    (lambda: Path("policy/tokenizer.json").unlink(), "cannot load the model policy"),
-    (lambda: small_model(vocab_size=9).save_pretrained("policy"), "more tokens (18)"),
-    (lambda: small_model(initializer_range=math.inf).save_pretrained("policy"), "not finite"),
-    (lambda: [small_model(eos_token_id=None).save_pretrained("policy"), Path("policy/generation_config.json").unlink(),
-              transformers.PreTrainedTokenizerFast(tokenizer_object=m.tiny_tokenizer().backend_tokenizer).save_pretrained("policy")],
-     "no end-of-sequence token")])
-def test_a_spoilt_model_folder_is_one_line(folder, capsys, spoil, message):
-    spoil()
-    assert message in refused(capsys, *QUICK)
-
-
-def test_compare_runs_resumes_and_pairs(folder, capsys):
-    names = ["grpo", "ib_tpo+tree=2 2 2 1"]
-    argv = list(map(str, [*TREES, "--compare", ",".join(names), "--seeds", 2, "--jobs", 2, "--out", "all", "--max_steps", 2]))
-    table = tpo.main(argv)
-    out = capsys.readouterr().out
-    assert list(table) == names and all(len(table[v]["runs"]) == 2 for v in names) and out.count("±") == 1 + 3 * 3
-    a, b = ([run["pass@1"] for run in table[v]["runs"]] for v in names[:2])
-    mean, error = table[names[1]]["pass@1"]["difference ± error"]
-    d = [y - x for x, y in zip(a, b)]
-    assert mean == pytest.approx(sum(d) / 2) and error == pytest.approx(abs(d[0] - d[1]) / 2)  # n = 2: std / sqrt(2)
-    lines = Path("all/ib_tpo+tree=2,2,2,1-0/metrics.jsonl").read_text().splitlines()
-    assert table[names[1]]["runs"][0]["last"]["reward"] == pytest.approx(sum(json.loads(x)["reward"] for x in lines) / 2)
-    stamp = Path("all/grpo-1/summary.json").stat().st_mtime_ns
-    Path("all/grpo-0/summary.json").unlink()  # a run that broke before its last evaluation
-    assert tpo.main(argv) == table and Path("all/grpo-1/summary.json").stat().st_mtime_ns == stamp
-    assert json.loads(Path("all/compare.json").read_text()).keys() == table.keys()
-
-
-def test_mistakes_in_a_comparison_are_one_line_before_any_run(folder, capsys):
-    for variants, message in (("grpo,ppo", "invalid choice: 'ppo'"), ("grpo+kepe=3", "did you mean keep?"), ("grpo+lr=x", "lr")):
-        assert message in refused(capsys, *QUICK, "--compare", variants, "--out", "all")
-    assert not Path("all").exists()
-    Path("policy/model.safetensors").write_bytes(b"no")
-    assert "cannot load the model" in refused(capsys, *QUICK, "--compare", "grpo", "--out", "all")
-
-
-def test_what_is_logged_of_rollouts_by_hand():
-    def t(group, reward, text, start=0):
-        return m.Trajectory([2], [3, 4], entropy=torch.tensor([1.0, 3.0]), start=start, group=group, text=text, reward=reward)
-
-    log = m.rollout_metrics([t(0, 1.0, "a"), t(0, 1.0, "a"), t(0, 1.0, "b"), t(0, 0.0, "c", 1), t(1, 0.0, "a"), t(1, 0.0, "b")])
-    assert log == {"reward": 0.5, "eff_rate": 0.5, "pass@k": 0.5, "distinct_correct": 1.0, "entropy": pytest.approx(23 / 11),
-                   "length": 2.0, "tokens_sampled": 11, "trajectories": 6}
-
-
-def test_plot_draws_a_curve_a_variant_over_the_tokens_sampled(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed here (pip install matplotlib)")
-    from matplotlib.axes import Axes
-    drawn, real = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **k: drawn.append((k["label"], x, y)) or real(self, x, y, **k))
-    for run, shift in (("all/grpo-0", 0), ("all/grpo-1", 1), ("ib_tpo+tree=2,2-0", 5)):
-        (tmp_path / run).mkdir(parents=True)
-        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(
-            {"step": i, "reward": i + shift, "tokens_sampled": 100}) + "\n" for i in range(25)))
-    out = tmp_path / "c.svg"
-    assert m.main(["--plot", str(tmp_path / "all"), str(tmp_path / "ib_tpo+tree=2,2-0"), "--out", str(out)]) == {
-        "grpo": 2, "ib_tpo+tree=2,2": 1}
-    label, x, y = drawn[0]  # 25 bins of 100 tokens, a step each but for the last, which ends on the edge
-    assert label == "grpo (2)" and y == [*(i - 0.5 for i in range(1, 24)), 24] and x[0] == pytest.approx(150e-6)
-    assert out.read_text().startswith("<?xml") and "#808080" in out.read_text()
-    assert "no metrics.jsonl" in refused(capsys, "--plot", tmp_path / "nowhere")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in refused(capsys, "--plot", tmp_path)
-
-
-def test_shading_fits_80_columns_and_prints_no_control_characters(monkeypatch):
-    text = ["3+8\n", "\x1b[31m", "漢字" * 60, "x" * 100]
-    lines = m.shaded(text, [0.5, 1.0, 0.1, 0.0], 7).split("\n")
-    wide = [sum(2 if c in "漢字" else 1 for c in line) for line in lines]
-    assert max(wide) <= 80 and "\x1b" not in "".join(lines) and lines[0].startswith(" " * 7 + "3+8↵·[31m漢字")
-    assert lines[1].startswith(" " * 7 + "▄▄▄▄█████▁▁▁▁")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\x1b[30;48;5;" in m.shaded(["a"], [0.5], 0)
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert m.shaded(["a"], [0.5], 0) == "a\n▄"
-
-
-def test_show_prints_a_problem_as_the_methods_see_it(folder, capsys, monkeypatch):
-    flags = list(map(str, [*QUICK, "--show"]))
-    rows = m.main(flags)
-    out = capsys.readouterr().out
-    assert out.count("rollout: ") == 2 and out.count("branch: ") == len(rows) - 2 > 0 and out.count("▸") == 2
-    assert all(len(line) <= 80 for line in out.splitlines() if "cvae" not in line) and "Î " in out and "S_IB " in out
-    assert not Path("runs").exists()  # nothing is written
-    m.main(list(map(str, [*QUICK, "--max_steps", 1, "--out", "run"])))
-    m.main([*flags, "--out", "run"])
-    root = tpo.main(list(map(str, [*TREES, "--show"])))
-    out = capsys.readouterr().out
-    assert out.count("visits ") == len(root.walk()) and "rounds 0" in out and " π " in out and " J " in out
-    assert "no run with a checkpoint" in refused(capsys, *TREES, "--show", "--out", "nowhere", script=tpo)
-
-
-def start_run(script, *flags, **how):
-    """A run in a process of its own, in the current folder."""
-    return subprocess.Popen([sys.executable, str(HERE / script), *map(str, flags)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **how)
-
-
-def wait_for_lines(path, n, process):
-    while not (path.exists() and path.read_text().count("\n") >= n):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("script, flags", [("iiblpo.py", QUICK), ("ib_tpo.py", TREES)], ids=["iiblpo", "ib_tpo"])
-def test_ctrl_c_saves_and_says_how_to_go_on_and_a_kill_loses_nothing(folder, script, flags):
-    flags = list(map(str, [*flags, "--max_steps", 6, "--save_every", 3]))
-    main = {"iiblpo.py": m, "ib_tpo.py": tpo}[script].main
-    whole = main([*flags, "--out", "whole"])
-    process = start_run(script, *flags, "--out", "part")
-    wait_for_lines(Path("part/metrics.jsonl"), 1, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    done = len(metrics("part"))
-    if process.returncode != 0:  # it may have been in its last evaluation already
-        assert process.returncode == 130 and f"stopped after {done} steps" in errors and "--resume --out part" in errors
-        assert "Traceback" not in errors and torch.load("part/state.pt")["step"] == done
-    process = start_run(script, *flags, "--out", "part", "--resume")
-    wait_for_lines(Path("part/metrics.jsonl"), min(done + 1, 6), process)
-    process.kill()
-    process.communicate()
-    after = main([*flags, "--out", "part", "--resume"])["after"]
-    assert metrics("part") == metrics("whole") and after == whole["after"] and not list(Path("part").glob("*.tmp*"))
-
-
-def test_a_run_killed_before_its_first_checkpoint_begins_again(folder, capsys):
-    Path("part").mkdir()
-    (Path("part") / "metrics.jsonl").write_text("")
-    (Path("part") / "model.77.tmp").mkdir()
-    for flags in (["--resume"], []):
-        m.main(list(map(str, [*QUICK, "--method", "grpo", "--out", "part", "--max_steps", 1, *flags])))
-        assert len(metrics("part")) == 1 and not list(Path("part").glob("*.tmp"))
-        Path("part/state.pt").unlink()
-    for n in (0, 1):  # without --out: runs/METHOD-SEED-N
-        m.main(list(map(str, [*QUICK, "--method", "grpo", "--max_steps", 1])))
-        assert Path(f"runs/grpo-0-{n}/summary.json").exists()
-    Path("runs/grpo-0-2").mkdir()
-    m.main(list(map(str, [*QUICK, "--method", "grpo", "--max_steps", 1, "--resume"])))
-    assert Path("runs/grpo-0-2/summary.json").exists()
-
-
-FULL = """
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # as a full disk: no file may grow beyond
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("limit", [1000, 200_000, 900_000])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(folder, limit):
-    flags = list(map(str, [*QUICK, "--method", "entropy_reg", "--out", "run"]))  # whose Adam has moments from the first step on
-    whole = m.main([*flags[:-1], "whole"])
-    m.main([*flags, "--max_steps", "2"])
-    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file() and p.name not in ("summary.json", "metrics.jsonl")}
-    run = subprocess.run([sys.executable, "-c", FULL, str(limit), str(HERE / "iiblpo.py"), *flags, "--resume"], capture_output=True,
-                         text=True)
-    assert run.returncode == 2 and "Traceback" not in run.stderr and run.stderr.count("error: cannot write run/") == 1
-    if limit < 300_000:  # the model (about 450 kB) did not fit, either
-        assert before == {p: p.read_bytes() for p in before}
-    assert before[Path("run/state.pt")] == Path("run/state.pt").read_bytes() and not list(Path(".").rglob("*.tmp"))
-    assert m.main([*flags, "--resume"])["after"] == whole["after"] and metrics("run") == metrics("whole")
-
-
-# ---- stage 1: branching ---------------------------------------------------------------------------------------------
-
-
-def test_branch_positions():
-    H = torch.tensor([[9., .1, .8, .3, .7, 5.], [9., 9., 9., .2, .1, 0.], [1., 0., 0., 0., 0., 0.], [9., 1., 2., 3., 4., 5.]])
-    mask = torch.arange(6) < torch.tensor([5, 2, 1, 6])[:, None]
-    # row 0: candidates 1-4, the top half is {2, 4}; row 1: only 1; row 2: one token, so 0; row 3: {4, 5}, the last is EOS
-    drawn = torch.stack([m.branch_positions(H, mask, 0.5, torch.Generator().manual_seed(i)) for i in range(400)])
-    assert [set(column.tolist()) for column in drawn.T] == [{2, 4}, {1}, {0}, {4, 5}]
-    assert 150 < (drawn[:, 0] == 2).sum() < 250  # uniform
-    assert m.branch_positions(H, mask, 0.01).tolist() == [2, 1, 0, 5]  # at least one
-    assert torch.equal(drawn[7], m.branch_positions(H, mask, 0.5, torch.Generator().manual_seed(7)))
-
-
-def test_cvae_formulas():
-    torch.manual_seed(0)
-    cvae = m.LatentCVAE(6, 3, hidden=8)
-    cvae.shift[1], cvae.scale[1] = 2.0, 3.0
-    c, x = torch.randn(5, 6), torch.randn(5, 6)
-    (mq, vq), (mp, vp) = cvae.posterior(c, x), cvae.prior(c)
-    q, p = torch.distributions.Normal(mq, (vq / 2).exp()), torch.distributions.Normal(mp, (vp / 2).exp())
-    kl = torch.distributions.kl_divergence(q, p).mean(0)
-    assert cvae.kl(c, x).allclose(kl, atol=1e-6)
-    torch.manual_seed(1)
-    loss, recon, total = cvae.loss(c, x)
-    torch.manual_seed(1)
-    z = mq + (vq / 2).exp() * torch.randn(5, 3)
-    slow = sum((((cvae.decode(c, z) - x) / 3)[i] ** 2).sum() for i in range(5)) / 5
-    assert recon.item() == pytest.approx(slow.item(), rel=1e-5) and total.item() == pytest.approx(kl.sum().item(), rel=1e-5)
-    assert loss.item() == pytest.approx((slow + sum(max(k, 0.1) for k in kl)).item(), rel=1e-5)
-    draws = cvae.sample(c, 20_000)
-    assert draws.shape == (5, 20_000, 3)
-    assert (draws.mean(1) - mp).abs().max() < 0.05 and (draws.std(1) - (vp / 2).exp()).abs().max() < 0.05
-
-
-def test_a_trained_cvae_uses_its_latent():
-    model, tokenizer = small_model(), m.tiny_tokenizer()
-    c = config("--cvae_pairs", 200, "--cvae_steps", 150, "--z_dim", 4)
-    problems = [(q, "") for q in m.chain_questions(random.Random(0), [4, 7], False, 300)]
-    cvae = m.LatentCVAE(64, 4)
-    report = m.train_cvae(cvae, model, m.cvae_pairs(model, tokenizer, problems, c, random.Random(0)), c)
-    assert report["error_over_mean"] < 0.9 and report["active"] >= 0.5 and report["kl_per_dim"] > 0.05
-    context = torch.randn(3, 64) * cvae.scale[0] + cvae.shift[0]
-    a, b = (cvae.decode(context, z) for z in cvae.sample(context, 2).unbind(1))
-    assert ((a - b) / cvae.scale[1]).abs().mean() > 0.05  # different z, different decodings
-
-
-@pytest.mark.parametrize("small", [1, 99])  # in batches that are halved, and in one
-def test_features_are_means_of_hidden_states(monkeypatch, small):
-    monkeypatch.setattr(m, "SMALL_BATCH", small)
-    model = small_model()
-    batch = m.sample(model, m.tiny_tokenizer(), prompts("1+2=\n", "3*4*5-6+7=\n"), config("--max_new_tokens", 15), keep=True)
-    cuts = [len(t.response) // 2 for t in batch]
-    context, continuation = m.features(model, batch, cuts)
-    prefixes = [replace(t, response=t.response[:n]) for t, n in zip(batch, cuts)]
-    for i, (t, n) in enumerate(zip(batch, cuts)):
-        hidden = model.model(torch.tensor([t.prompt + t.response])).last_hidden_state[0]
-        n += len(t.prompt)
-        assert context[i].allclose(hidden[:n].mean(0), atol=1e-5) and continuation[i].allclose(hidden[n:].mean(0), atol=1e-5)
-        assert m.prefix_features(model, prefixes)[i].allclose(context[i], atol=1e-5)  # from the states kept in sampling
-        assert m.prefix_features(model, [replace(prefixes[i], memory=None)])[0].allclose(context[i], atol=1e-5)
-
-
-def steered(model, *flags, scale=10):
-    """A PSA with weights large enough to matter, and a CVAE for it."""
-    c = config("--z_dim", 4, "--max_new_tokens", 14, *flags)
-    torch.manual_seed(5)
-    psa = m.PseudoSelfAttention(model, c)
-    with torch.no_grad():
-        for p in psa.parameters():
-            p.mul_(scale)
-    return c, psa, m.LatentCVAE(model.config.hidden_size, 4)
-
-
-MODES = [["psa"], ["psa", "--psa_layers", 2, "--psa_halflife", 3], ["psa", "--psa_layers", "all", "--psa_gamma", 2.5], ["input"],
-         ["softmax"], ["random"]]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", MODES, ids=lambda x: "-".join(map(str, x)))
-def test_branches_log_probs_while_sampling_equal_the_training_pass(kind, mode, monkeypatch):
-    monkeypatch.setattr(m, "SMALL_BATCH", 4)  # so that batches are halved where rows have ended
-    model, tokenizer = small_model(kind), m.tiny_tokenizer()
-    c, psa, cvae = steered(model, "--branch_mode", *mode, "--branches", 3, "--top_frac", 0.6)
-    psa = None if mode == ["random"] else psa
-    torch.manual_seed(2)
-    parents = m.sample(model, tokenizer, prompts("1+2=\n", "3*4*5-6+7=\n", "9-9-9=\n", "2+2+2+2=\n") * 2, c, keep=True)
-    children = sum(m.branch(model, tokenizer, psa, cvae, parents, c), [])
-    assert len(children) == 24 and len({t.start for t in children}) > 2
-    effect = []
-    with psa.steer(model, children) if psa else m.contextlib.nullcontext():
-        logp, entropy, mask = m.token_logps(model, children)
-    for i, t in enumerate(children):
-        assert len(t.response) <= 14 and mask[i].sum() == len(t.response) - t.start
-        assert (logp[i][mask[i]] - t.logps[t.start:]).abs().max() < 1e-4
-        assert (entropy[i][mask[i]] - t.entropy[t.start:]).abs().max() < 1e-4
-        bare = teacher_forced(model, t)[0]
-        assert t.start == 0 or (bare - t.logps)[:t.start].abs().max() < 1e-4  # the prefix was sampled without latent
-        effect.append((bare - t.logps)[t.start:].abs().max().item())  # and the rest with it
-    assert (max(effect) > 1e-2) == (psa is not None)
-
-
-@pytest.mark.parametrize("mode", ["psa", "input", "softmax"])
-def test_gamma_0_is_the_untouched_model_and_hooks_never_stay(mode):
-    model = small_model()
-    c, psa, cvae = steered(model, "--branch_mode", mode)
-    batch = batch_for_update(model, 6)
-    for t in batch:
-        t.z, t.start = torch.randn(4), 2
-    ids = torch.tensor([batch[0].prompt + batch[0].response])
-    bare, hooks = model(ids).logits, lambda: sum(len(x._forward_hooks) + len(x._forward_pre_hooks) for x in model.modules())
-    with psa.steer(model, batch[:1]):
-        assert not torch.equal(model(ids).logits, bare) and hooks() > 0
-    with pytest.raises(ZeroDivisionError), psa.steer(model, batch):
-        1 / 0
-    assert torch.equal(model(ids).logits, bare) and hooks() == 0 and model.config._attn_implementation == "sdpa"
-    psa.gamma = 0.0
-    with psa.steer(model, batch[:1]):
-        assert torch.equal(model(ids).logits, bare) and hooks() == 0
-    sampled = [m.sample(model, m.tiny_tokenizer(), prompts("1+2=\n"), c, greedy=True, steer=s)[0].logps
-               for s in (None, lambda b: psa.steer(model, b, decoding=True))]
-    assert sampled[0].allclose(sampled[1], atol=1e-6)
-
-
-def test_a_prefix_is_untouched_by_its_branches_latents():
-    model = small_model()
-    _, psa, _ = steered(model)
-    t = max(batch_for_update(model), key=lambda t: len(t.response))
-    t.start, logits = 3, []
-    ids, seen = torch.tensor([t.prompt + t.response]), len(t.prompt) + 2  # the first position that sees the latent
-    for seed in (1, 2):
-        t.z = torch.randn(4, generator=torch.Generator().manual_seed(seed))
-        with psa.steer(model, [t]):
-            logits.append(model(ids).logits[0])
-    assert torch.equal(logits[0][:seen], logits[1][:seen])
-    assert (logits[0][:seen] - model(ids).logits[0][:seen]).abs().max() < 1e-5
-    assert (logits[0][seen] - logits[1][seen]).abs().max() > 1e-3
-
-
-def test_gamma_decays():
-    linear, cosine = (config("--psa_gamma", 2, "--psa_decay_steps", 10, "--psa_decay", d) for d in ("linear", "cosine"))
-    assert [m.psa_gamma(s, linear) for s in (0, 5, 10, 99)] == [2, 1, 0, 0]
-    assert [round(m.psa_gamma(s, cosine), 6) for s in (0, 5, 10)] == [2, 1, 0] and m.psa_gamma(2, cosine) > m.psa_gamma(2, linear)
-    assert m.psa_gamma(99, config("--psa_decay_steps", 0)) == config().psa_gamma
-
-
-def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(monkeypatch):
-    model, tokenizer, sizes = small_model(), m.tiny_tokenizer(), []
-    generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda **inputs: sizes.append(len(inputs["input_ids"])) or generate(**inputs))
-    starts = prompts(*[f"{i}+{j}*{i}=\n" for i in range(8) for j in range(5)])
-    for t in starts[::2]:  # prefixes with less room, and without a memory
-        t.response, t.logps, t.entropy = [3, 4, 5], torch.zeros(3), torch.zeros(3)
-    c = config("--max_new_tokens", 20)
-    halved = m.sample(model, tokenizer, starts, c, greedy=True)
-    assert sizes[0] == 40 and len(sizes) > 1 and all(2 * b <= a for a, b in itertools.pairwise(sizes))
-    monkeypatch.setattr(m, "SMALL_BATCH", 99)
-    for a, b in zip(halved, m.sample(model, tokenizer, starts, c, greedy=True)):
-        assert a.response == b.response and (a.start, a.complete, a.text, a.memory) == (b.start, b.complete, b.text, None)
-        assert a.logps.allclose(b.logps, atol=1e-5) and a.entropy.allclose(b.entropy, atol=1e-5)
-    assert len({len(t.response) for t in halved}) > 2
-
-
-def test_reusing_the_cache_and_prefilling_again_give_the_same_samples(monkeypatch):
-    monkeypatch.setattr(m, "SMALL_BATCH", 4)
-    model, tokenizer = small_model(), m.tiny_tokenizer()
-    c, psa, _ = steered(model)
-    texts = prompts("1+2=\n", "3*4*5-6+7=\n", "9-9-9=\n", "2+2+2+2=\n") * 3
-    parents = m.sample(model, tokenizer, texts, config("--max_new_tokens", 14, "--generate_tokens", 100), keep=True)
-    assert len({id(t.memory[0]) for t in parents}) > 2  # parents from several generate calls
-    starts = [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], z=torch.randn(4))
-              for t in parents for n in (1, len(t.response) // 2, len(t.response) - 1)]
-    results = []
-    for again in (False, True):
-        torch.manual_seed(9)
-        results.append(m.sample(model, tokenizer, [replace(s, memory=None if again else s.memory) for s in starts], c,
-                                steer=lambda b: psa.steer(model, b, decoding=True)))
-    for a, b in zip(*results):
-        assert a.response == b.response and a.logps.allclose(b.logps, atol=1e-5) and a.start == b.start
-
-
-def test_branching_stops_at_the_budget_and_repeats_from_survivors():
-    model, tokenizer = small_model(), m.tiny_tokenizer()
-    c, psa, cvae = steered(model, "--branches", 3)
-    parents = m.sample(model, tokenizer, prompts("1+2=\n", "9-9-9=\n"), c, keep=True)
-    assert [len(f) for f in m.branch(model, tokenizer, psa, cvae, parents, c, 0)] == [0, 0]
-    torch.manual_seed(0)
-    children = sum(m.branch(model, tokenizer, psa, cvae, parents, c), [])
-    grandchildren = sum(m.branch(model, tokenizer, psa, cvae, children, c), [])  # under a new latent, prefix prefilled again
-    with psa.steer(model, grandchildren):
-        logp, _, mask = m.token_logps(model, grandchildren)
-    for i, t in enumerate(grandchildren):
-        assert (logp[i][mask[i]] - t.logps[t.start:]).abs().max() < 1e-4
-
-
-def test_other_architectures_are_refused(folder, capsys):
-    c = transformers.GPT2Config(vocab_size=18, n_embd=32, n_layer=2, n_head=2, eos_token_id=1, bos_token_id=1)
-    transformers.GPT2LMHeadModel(c).save_pretrained("policy")
-    assert "not GPT2LMHeadModel" in refused(capsys, *QUICK)
-    assert m.main(list(map(str, [*QUICK, "--method", "grpo", "--max_steps", 1])))["after"]  # the baselines take it
-
-
-def test_logits_that_are_not_a_linear_map_of_the_last_state_are_refused(folder, capsys):
-    c = transformers.GraniteConfig(vocab_size=18, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                   num_key_value_heads=2, logits_scaling=8.0, eos_token_id=1, bos_token_id=1, pad_token_id=0)
-    transformers.GraniteForCausalLM(c).save_pretrained("policy")
-    assert "scales or caps its logits" in refused(capsys, *QUICK, "--method", "grpo")
-
-
-# ---- stage 2: information bottleneck --------------------------------------------------------------------------------
-
-
-def test_ib_score_by_hand():
-    # group 0: Ĥ = 1 + 2 = 3 and 1, mean 2 -> 3/2 and 1/2; group 5: alone -> 1
-    H, mask = torch.tensor([[1., 2., 9.], [1., 9., 9.], [.5, .5, .5]]), torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
-    s = m.trajectory_ib_score(torch.tensor([2., -1., 0.]), H, mask, torch.tensor([0, 0, 5]), 0.5)
-    assert s.tolist() == pytest.approx([1 - 1.5, -0.5 - 0.5, -1])
-
-
-def test_select_top_n():
-    def select(scores, rewards, always, n, lengths=(5, 5, 5, 5, 5), groups=(0, 0, 0, 0, 0)):
-        return m.select_top_n(*(torch.tensor(x) for x in (scores, rewards, lengths, groups)), n, always)
-    no = [False] * 5
-    assert select([.1, .5, .3, .4, .2], [1, 1, 1, 1, 1.], no, 2) == [1, 3]
-    assert select([1., 1, 1, 1, 1], [1, 1, 1, 1, 1.], no, 2, lengths=(5, 3, 5, 4, 9)) == [1, 3]  # ties: the shorter
-    assert select([.1, .5, .3, .4, .2], [0, 1, 0, 1, 0.], no, 2) == [1, 2]  # 3 gives way to the best of the other reward
-    assert select([.1, .5, .3, .4, .2], [0, 1, 0, 1, 0.], [True] + no[1:], 2) == [0, 1, 3]  # variance is there already
-    assert select([.1, .5, .3, .4, .2], [1, 1, 0, 1, 0.], [True] + no[1:], 2) == [0, 1, 2]
-    assert select([.1, .5, .3, .4, .2], [0, 1, 0, 1, 0.], no, 1) == [1]  # one is kept: nothing can vary
-    assert select([.1, .5, .3, .4, .2], [1, 1, 1, 1, 1.], no, 1, groups=(0, 0, 0, 4, 4)) == [1, 3]
-
-
-def test_ib_self_reward_has_a_gradient_through_the_entropy_only():
-    H = torch.tensor([[1., 2.], [3., 4.]], requires_grad=True)
-    value = m.ib_self_reward(H, torch.tensor([2., -1.]), torch.tensor([[1, 1], [1, 0]]))
-    value.backward()
-    assert value.item() == pytest.approx((2 + 4 - 3) / 3) and H.grad.flatten().tolist() == pytest.approx([2 / 3, 2 / 3, -1 / 3, 0])
-
-
-def slow_logits(model, psa, t):
-    """Qwen2 with PSA in plain loops: one sequence, one query position and one head at a time, no cache, no mask."""
-    c, ids = model.config, torch.tensor(t.prompt + t.response)
-    n, D, born = len(ids), c.head_dim, len(t.prompt) + t.start - 1
-    angle = torch.arange(n)[:, None] / c.rope_parameters["rope_theta"] ** (torch.arange(0, D, 2) / D)
-    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
-    rotate = lambda x: x * cos + torch.cat([-x[:, D // 2:], x[:, :D // 2]], -1) * sin
-    norm = lambda x, w: w * x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt()
-    x, kv, KV = model.model.embed_tokens(ids), None, c.num_key_value_heads
-    if t.z is not None:
-        kv = (psa.gamma * (psa.to_kv.weight @ t.z)).view(len(model.model.layers), 2, KV, D)
-        dn = (psa.gamma * (psa.to_norm.weight @ t.z)).view(len(model.model.layers), -1)
-    for l, layer in enumerate(model.model.layers):
-        h = torch.stack([norm(x[i], layer.input_layernorm.weight + (dn[l] if t.z is not None and i >= born else 0)) for i in range(n)])
-        a = layer.self_attn
-        q, k, v = (p(h).view(n, -1, D) for p in (a.q_proj, a.k_proj, a.v_proj))
-        out = []
-        for i in range(n):
-            heads = []
-            for j in range(c.num_attention_heads):
-                g = j * KV // c.num_attention_heads
-                keys, values = rotate(k[:, g])[:i + 1], v[:i + 1, g]
-                if t.z is not None and i >= born:
-                    keys, values = torch.cat([kv[l, 0, g][None], keys]), torch.cat([kv[l, 1, g][None], values])
-                heads.append((rotate(q[:, j])[i] @ keys.T / D ** 0.5).softmax(-1) @ values)
-            out.append(torch.cat(heads))
-        x = x + a.o_proj(torch.stack(out))
-        h = norm(x, layer.post_attention_layernorm.weight)
-        x = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h))
-    return norm(x, model.model.norm.weight) @ model.lm_head.weight.T
-
-
-def slow_tokens(model, psa, t):
-    """ln π(o_t) and H_t of a whole response, token by token."""
-    logits, P = slow_logits(model, psa, t), len(t.prompt)
-    p = [logits[P - 1 + i].softmax(-1) for i in range(len(t.response))]
-    return torch.stack([q[o].log() for q, o in zip(p, t.response)]), torch.stack([-(q * q.log()).sum() for q in p])
-
-
-def test_a_slow_reference_reproduces_the_method(monkeypatch):
-    """Ω, Î, Ĥ, S_IB, the selection, the loss and its gradient on a fixed batch of parents and steered branches."""
-    model, tokenizer = small_model(), m.tiny_tokenizer()
-    c, psa, cvae = steered(model, "--branches", 3, "--top_frac", 0.3, "--kappa", 0.2, "--beta", 0.7, "--method", "iiblpo",
-                           "--initial", 2, "--keep", 3, "--prompts_per_step", 2, "--micro_tokens", 90, "--max_grad_norm", 1e9)  # defaults of the rest
-    problems, rng = [("1+2*3=", "7"), ("9-4=", "5")], random.Random(4)
-    monkeypatch.setattr(m, "verify", lambda a, gold: rng.random() < 0.5)
-    torch.manual_seed(8)
-    candidates, kept, _, _ = m.explore(model, tokenizer, psa, cvae, problems, c)
-    assert len(candidates) == 16
-    scores, gains, sums = [], [], []
-    with torch.no_grad():
-        for t in candidates:
-            logp, H = slow_tokens(model, psa, t)
-            if t.start:  # sampled in two parts: the prefix without the latent
-                bare, bare_H = slow_tokens(model, psa, replace(t, z=None))
-                logp, H = (torch.cat([a[:t.start], b[t.start:]]) for a, b in ((bare, logp), (bare_H, H)))
-                parent = next(p for p in candidates if p.z is None and p.group == t.group and p.response[:t.start] == t.response[:t.start])
-                order = sorted(range(1, len(parent.response)), key=lambda i: -parent.entropy[i].item())
-                assert t.start in order[:max(1, int(0.3 * len(order)))] or len(parent.response) == 1  # Ω
-            assert (logp - t.logps).abs().max() < 1e-5 and (H - t.entropy).abs().max() < 1e-5
-            sums.append(sum(H.tolist()))
-            before, value = t.text[:t.text.rindex("#")] if "#" in t.text else t.text, []
-            for text in (before, ""):
-                probe = m.Trajectory(t.prompt, tokenizer(text + "#" + problems[t.group][1]).input_ids)
-                value.append(slow_tokens(model, psa, probe)[0][-1].item())  # the gold answer is one token
-            gains.append(value[0] - value[1])
-        fast = m.answer_gain(model, tokenizer, candidates, [problems[t.group][1] for t in candidates], c)
-        assert fast.tolist() == pytest.approx(gains, abs=1e-5)
-    for i, t in enumerate(candidates):
-        peers = [h for h, p in zip(sums, candidates) if p.group == t.group]
-        scores.append(0.7 * gains[i] - sums[i] / (sum(peers) / len(peers)))
-    expected = []
-    for g in (0, 1):
-        branches = sorted((i for i, t in enumerate(candidates) if t.group == g and t.z is not None), key=lambda i: (-scores[i], len(candidates[i].response)))
-        first, chosen = [i for i, t in enumerate(candidates) if t.group == g and t.z is None], branches[:3]
-        others = [i for i in branches[3:] if candidates[i].reward != candidates[chosen[-1]].reward]
-        if len({candidates[i].reward for i in first + chosen}) == 1 and others:
-            chosen[-1] = others[0]
-        expected += sorted(first + chosen)
-    assert {id(candidates[i]) for i in expected} == set(map(id, kept)) and len(kept) == len(expected)
-
-    monkeypatch.undo()
-    advantage, raw = {}, {}
-    for t in candidates:
-        peers = [p for p in candidates if p.group == t.group]
-        mean = sum(p.reward for p in peers) / len(peers)
-        raw[id(t)] = (t.reward - mean) / (math.sqrt(sum((p.reward - mean) ** 2 for p in peers) / len(peers)) + 1e-4)
-    for t in kept:
-        alike = [[p for p in ts if p.group == t.group and p.reward == t.reward] for ts in (candidates, kept)]
-        advantage[id(t)] = [raw[id(t)] * len(alike[0]) / len(alike[1])] * len(t.response)
-        if t.z is None:
-            children = [p for p in candidates if p.group == t.group and p.start and p.logps[:p.start].equal(t.logps[:p.start])]
-            assert len(children) in (0, 3)  # none where t* = 0
-            for i in range(children[0].start if children else 0):
-                advantage[id(t)][i] = sum(raw[id(p)] for p in [t, *children])
-    for t in kept:  # the sampling policy was another one
-        t.logps = t.logps + 0.3 * torch.randn(len(t.logps))
-    terms, rewarded = [], []
-    for t in kept:
-        A = advantage[id(t)]
-        if any(A):
-            logp, H = slow_tokens(model, psa, t)
-            for i in range(t.start, len(t.response)):
-                r = (logp[i] - t.logps[i]).exp()
-                terms.append(-torch.minimum(r * A[i], r.clamp(0.8, 1.2) * A[i]))
-                rewarded.append(A[i] * H[i])
-    loss = sum(terms) / len(terms) - 0.2 * sum(rewarded) / len(rewarded)
-    parameters = [*model.parameters(), *psa.parameters()]
-    slow = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-    grab = Grab(torch.nn.ModuleList([model, psa]))
-    stats = m.update(model, grab, kept, c, None, psa)
-    assert stats["loss"] == pytest.approx(loss.item(), abs=1e-5)
-    assert (grab.grads[0] - slow).norm() / slow.norm() < 1e-5
-
-
-def test_at_the_first_update_the_ratio_is_one_and_psa_learns():
-    model, tokenizer = small_model(), m.tiny_tokenizer()
-    c, psa, cvae = steered(model, "--branches", 3, "--initial", 2, "--keep", 3)
-    candidates, kept, _, log = m.explore(model, tokenizer, psa, cvae, [("1+2*3=", "7"), ("9-4=", "5")], c)
-    for t, a in zip(kept, torch.randn(len(kept)).tolist()):
-        t.advantage = a
-    stats = m.update(model, Grab(torch.nn.ModuleList([model, psa])), kept, c, None, psa)
-    assert stats["ratio"] == pytest.approx(1, abs=1e-5) and stats["clipped"] == 0 and stats["psa_grad_norm"] > 0
-    assert {"branch_place", "branch_entropy_ratio", "sibling_similarity", "gamma", "kept", "kept_branches", "ib_kept", "ib_dropped"} <= log.keys()
-
+    assert sum(tokens[:-1]) < 300 <= sum(tokens) and len(tokens) > 1
+    before = {p: p.stat().st_mtime_ns for p in Path("a").rglob("*")}
+    assert "a exists" in refused(capsys, *QUICK, *flags)
+    assert "lr 0.001, not 0.5" in refused(capsys, *QUICK, *flags, "--resume", "--lr", 0.5)
+    assert before == {p: p.stat().st_mtime_ns for p in Path("a").rglob("*")}
+    run(*flags, "--resume", "--max_steps", len(tokens) + 1)  # longer than it was
+    assert len(metrics("a")) == len(tokens) + 1
+    Path("a/state.pt").write_bytes(b"no")
+    assert "cannot read a/state.pt" in refused(capsys, *QUICK, *flags, "--resume")
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint(folder, monkeypatch):
+    real, calls = m.take_step, itertools.count()
+
+    def step(model, *others):
+        model.lm_head.weight.grad[0] *= math.nan if next(calls) == 3 else 1
+        return real(model, *others)
+
+    monkeypatch.setattr(m, "take_step", step)
+    with pytest.raises(SystemExit) as e:
+        run("--method", "entropy_reg", "--out", "run", "--save_every", 1)
+    assert "not finite at step 3" in e.value.code and "run/state.pt" in e.value.code  # a message: exit code 1
+    assert len(torch.load("run/state.pt")["log"]) == 3 == len(metrics("run"))
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(rewarded, capsys):
+    flags, hard = ["--method", "entropy_reg", "--out", "run"], resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    run(*flags, "--max_steps", 2)
+    before = {p: Path(p).read_bytes() for p in ("run/state.pt", "run/model/model.safetensors")}
+    for limit in (1000, 50_000):  # metrics.jsonl does not fit; then it does, and the checkpoint does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # no file may grow beyond
+        try:
+            assert "cannot write run/" in refused(capsys, *QUICK, *flags, "--resume")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert before == {p: Path(p).read_bytes() for p in before} and not list(Path().rglob("*.tmp"))
+    run(*flags, "--resume")
 
 OFFLINE = """
-import os, runpy, socket, sys
-os.environ["HF_HUB_OFFLINE"] = "1"
+import runpy, socket, sys
 def refuse(*args, **kwargs):
-    print("NETWORK", args, file=sys.stderr)
+    open("network", "a").write(repr(args))
     raise OSError("no network")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+def test_a_killed_run_goes_on_and_nothing_tries_the_network(folder, capsys, monkeypatch):
+    write_lines({"question": f"{i}+1=", "answer": f"{i + 1}"} for i in range(9))
+    flags = ["--dataset", "d.jsonl", "--method", "entropy_reg", "--max_steps", 8]
+    command = [sys.executable, "-c", OFFLINE, HERE / "iiblpo.py", *QUICK, *flags, "--out", "part"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    while not Path("part/metrics.jsonl").exists() or len(metrics("part")) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not Path("part/summary.json").exists() and not Path("network").exists()
+    whole, resumed = run(*flags, "--out", "whole"), run(*flags, "--out", "part", "--resume")
+    assert metrics("part") == metrics("whole") and whole["after"] == resumed["after"]
+    monkeypatch.setattr(socket.socket, "connect", None)
+    assert "cannot load" in refused(capsys, "--model", "Qwen2.5-0.5B", "--dataset", "gsm8k", "--out", "run")
 
-@pytest.mark.parametrize("script, flags", [("iiblpo.py", QUICK), ("ib_tpo.py", TREES)], ids=["iiblpo", "ib_tpo"])
-def test_offline_nothing_tries_the_network(folder, script, flags):
-    Path("d.jsonl").write_text("".join(json.dumps({"question": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(9)))
-    run = subprocess.run([sys.executable, "-c", OFFLINE, str(HERE / script), *map(str, flags), "--dataset", "d.jsonl", "--max_steps", "1",
-                          "--kl", "0.1"], capture_output=True, text=True)
-    assert run.returncode == 0 and "NETWORK" not in run.stderr, run.stderr
-    run = subprocess.run([sys.executable, "-c", OFFLINE, str(HERE / script), "--model", "Qwen2.5-0.5B", "--dataset", "gsm8k"],
-                         capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "NETWORK" not in run.stderr, run.stderr
+def test_show_prints_how_a_problem_is_explored(folder, capsys):
+    candidates = run("--show")
+    out = capsys.readouterr().out
+    assert out.count("reward ") == len(candidates) == out.count("S_IB ") > 2 <= out.count("kept")
+    assert "▸" in out and not Path("runs").exists()  # nothing is written
+    for method in ("iiblpo", "grpo"):
+        run("--method", method, "--max_steps", 1, "--out", method)
+    run("--show", "--out", "iiblpo")
+    for name in ("nowhere", "grpo"):  # which has no latents to show
+        assert name in refused(capsys, *QUICK, "--show", "--out", name)
 
+def test_show_into_head_and_a_terminal_of_ascii(folder):
+    words = [sys.executable, HERE / "iiblpo.py", *QUICK, "--show", "| true; exit ${PIPESTATUS[0]}"]
+    done = subprocess.run(["bash", "-c", " ".join(map(str, words))], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == ""
 
-# ---- difficulty-sensitive heads -------------------------------------------------------------------------------------
+# ---- real models
 
+def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeypatch, capsys):
+    """BPE tokenizer without pad token, Llama, chat template, JSONL: the path that a hub model takes."""
+    monkeypatch.chdir(tmp_path)
+    prompt = config("--model", "x").prompt
+    tokenizer = bpe_tokenizer([r["question"] + r["answer"] + prompt for r in ROWS])
+    tokenizer.chat_template = "<s>{% for x in messages %}<|user|>{{ x.content }}<|end|>{% endfor %}"
+    tokenizer.save_pretrained("chat")
+    model = small_model("Llama", vocab_size=len(tokenizer), bos_token_id=0, pad_token_id=None)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[1, 3], top_k=1, do_sample=True)
+    model.save_pretrained("chat")
+    write_lines(ROWS)
+    flags = [*QUICK, "--model", "chat", "--dataset", "d.jsonl", "--prompt", prompt]
+    loaded, t = m.load_policy(config(*flags))
+    (problem,) = m.encode([("What is 1+1?", "2")], loaded, t, config(*flags))
+    text = t.decode(problem.prompt)
+    assert text.startswith("<s><|user|>What is 1+1?\nReason") and text.endswith("\\boxed{}.<|end|>")
+    assert problem.prompt.count(0) == 1 and t.pad_token_id == 1 and t.padding_side == "left"
+    batch = m.sample(loaded, t, [problem] * 99, config(*flags))
+    assert len({t.response[0] for t in batch}) > 9  # top_k is not 1 any more
+    assert {t.response[-1] for t in batch if t.complete} == {1, 3}
+    assert run(*flags, "--out", "run", "--max_steps", 2)["after"]["length"] <= 12
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    tokenizer.save_pretrained("chat")
+    assert "chat template of chat fails" in refused(capsys, *flags, "--out", "other")
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_head_features_recombine_to_the_attention_output(kind):
-    model, outputs = small_model(kind), []
-    texts = [p.prompt for p in prompts("1+2=\n", "3*4*5-6+7=\n", "9-9-9=\n")]
-    features = m.head_features(model, texts, config("--micro_tokens", 20))
-    assert features.shape == (3, 3, 4, 16)
+def spoil_weights():
+    Path("policy/model.safetensors").unlink()
+    Path("policy/model.safetensors").write_bytes(b"no")
+
+def without_eos():
+    small_model(eos_token_id=None).save_pretrained("policy")
+    Path("policy/generation_config.json").unlink()
+    backend = m.tiny_tokenizer().backend_tokenizer
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained("policy")
+
+@each("spoil, message", [
+    (spoil_weights, "cannot load the model policy"), (without_eos, "no end-of-sequence token"),
+    (lambda: Path("policy/tokenizer.json").unlink(), "cannot load the model policy"),
+    (lambda: small_model(initializer_range=math.inf).save_pretrained("policy"), "finite"),
+    (lambda: small_model("Granite", logits_scaling=8.0).save_pretrained("policy"), "scales or caps its")])
+def test_a_model_that_cannot_be_used_is_one_line(folder, capsys, spoil, message):
+    spoil()
+    assert message in refused(capsys, *QUICK, "--method", "grpo", "--out", "run") and not Path("run").exists()
+
+def test_other_architectures_are_for_the_baselines_only(folder, capsys):
+    c = transformers.GPT2Config(vocab_size=18, n_embd=32, n_layer=2, n_head=2, eos_token_id=1, bos_token_id=1)
+    transformers.GPT2LMHeadModel(c).save_pretrained("policy")
+    assert "GPT2LMHeadModel" in refused(capsys, *QUICK, "--out", "run") and not Path("run").exists()
+    for flags in (["--method", "grpo"], ["--branch_mode", "random"]):
+        assert run(*flags, "--max_steps", 1, "--out", flags[1])["after"]["length"] > 0
+
+# ---- difficulty-sensitive heads
+
+@each("kind", KINDS)
+def test_head_outputs_recombine_to_the_attention_output(kind):
+    model, outputs, batch = small_model(kind), [], prompts("1+2=\n", "3*4*5-6+7=\n")
+    heads = m.head_outputs(model, batch)
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda module, args, output: outputs.append(output[0][0, -1]))
-    for ids, x in zip(texts, features):
-        outputs.clear()
-        model(torch.tensor([ids]))
-        for layer, heads, output in zip(model.model.layers, x, outputs):
-            assert layer.self_attn.o_proj(heads.flatten()).allclose(output, atol=1e-5)
-
+    for t in batch:
+        model(tensor([t.prompt]))
+    assert heads.shape == (2, 3, 4, 16)
+    for x, output, layer in zip(heads.flatten(0, 1).float(), outputs, [*model.model.layers] * 2):
+        assert layer.self_attn.o_proj(x.flatten()).allclose(output, atol=1e-5)
 
 def test_spearman_and_ridge_slowly():
-    torch.manual_seed(0)
-    assert m.spearman(torch.tensor([[1.], [2.], [2.], [9.]]), torch.tensor([[2.], [3.], [5.], [7.]])).item() == pytest.approx(
-        4.5 / math.sqrt(4.5 * 5))  # ranks 1 2.5 2.5 4 and 1 2 3 4
-    x, y, new = torch.randn(20, 4, dtype=torch.double), torch.randn(20, 2, dtype=torch.double), torch.randn(3, 4, dtype=torch.double)
+    rho = m.spearman(tensor([1., 2., 2., 9.]), tensor([2., 3., 5., 7.]))  # ranks 1 2.5 2.5 4 and 1 2 3 4
+    assert rho == approx(4.5 / math.sqrt(4.5 * 5)) and m.spearman(torch.ones(3), torch.rand(3)) == 0
+    x, y, new = torch.randn(20, 4).double() * 5 + 2, torch.randn(20).double(), torch.randn(3, 4).double()
+    z, rows = (x - x.mean(0)) / x.std(0), torch.eye(4) * math.sqrt(0.1 * 20)  # a row of data a penalty
+    w = torch.linalg.lstsq(torch.cat([z, rows]), torch.cat([y - y.mean(), torch.zeros(4)])[:, None]).solution
+    assert m.ridge_probe(x, y, new).allclose(y.mean() + ((new - x.mean(0)) / x.std(0) @ w)[:, 0], atol=1e-5)
 
-    def fit(x, y, new, strength):  # normal equations
-        X = x - x.mean(0)
-        w = torch.linalg.solve(X.T @ X + strength * torch.eye(4), X.T @ (y - y.mean()))
-        return y.mean() + (new - x.mean(0)) @ w
+def test_a_planted_head_is_found_and_reported(folder, monkeypatch, capsys):
+    """Difficulty made of what one head puts out for each prompt."""
+    c = config(*QUICK, "--eval_prompts", 200, "--eval_samples", 5, "--max_new_tokens", 1)
+    model, tokenizer = m.load_policy(c)
+    problems = m.encode(m.load_problems(c)[1], model, tokenizer, c)
+    planted = m.head_outputs(model, problems)[:, 1, 2] @ torch.randn(16).double()
+    level = dict(zip((t.question for t in problems), (planted.argsort().argsort() / 200).tolist()))
 
-    strengths = torch.linalg.svdvals(x - x.mean(0))[0] ** 2 * 10.0 ** torch.arange(-4, 3, dtype=torch.double)
-    for column in range(2):
-        hat = [torch.stack([fit(x, torch.eye(20)[j].double(), x, s) for j in range(20)], 1) for s in strengths]
-        loo = [(((y[:, column] - H @ y[:, column]) / (1 - H.diag())) ** 2).mean() for H in hat]
-        slow = fit(x, y[:, column], new, strengths[int(torch.stack(loo).argmin())])
-        assert m.ridge_probe(x, y, new)[:, column].allclose(slow, atol=1e-8)
+    def judge(batch, config):
+        for i, t in enumerate(batch):
+            t.reward = float((i // 200 + 0.5) / 5 > level[t.question])
 
+    monkeypatch.setattr(m, "judge", judge)
+    report = m.probe_heads(c)
+    scores = tensor(report["scores"])
+    assert scores.shape == (3, 4) and scores.argmax() == 1 * 4 + 2
+    assert scores[1, 2] > 0.8 > 0.4 > report["chance"] and len(report["difficulty"]) == 200
+    assert json.loads(Path("runs/heads.json").read_text()) == report
+    assert f"{report['chance']:.2f}" in capsys.readouterr().out
 
-def test_a_planted_head_is_found_and_with_shuffled_difficulty_none():
-    """Difficulty made of what one head of a random policy puts out for each prompt, and noise."""
-    model, rng = small_model(), random.Random(0)
-    texts = [p.prompt for p in prompts(*(q + "\n" for q in m.chain_questions(rng, [4, 7], False, 256)))]
-    features = m.head_features(model, texts, config())
-    planted = features[:, 1, 2] @ torch.randn(16, generator=torch.Generator().manual_seed(1))
-    difficulty = (planted - planted.mean()) / planted.std() + 0.3 * torch.randn(256, generator=torch.Generator().manual_seed(2))
-    scores, chance = m.head_scores(features, difficulty, shuffles=30)
-    assert scores.argmax() == 1 * 4 + 2 and scores[1, 2] > 0.8 and chance < 0.4
-    shuffled = difficulty[torch.randperm(256, generator=torch.Generator().manual_seed(3))]
-    scores, chance = m.head_scores(features, shuffled, shuffles=30)
-    assert scores.max() < 0.35
+# ---- the house
 
+@each("script", [m, tpo])
+def test_no_text_reaches_an_evaluator(script):
+    tree = list(ast.walk(ast.parse(inspect.getsource(script))))
+    names = {getattr(n, "id", getattr(n, "attr", "")) for n in tree}
+    assert not names & set("exec sympify parse_expr literal_eval simplify factor system pickle".split())
+    calls = {ast.unparse(n.func): ast.unparse(n) for n in tree if isinstance(n, ast.Call)}
+    assert not calls.keys() & {"eval", "compile", "__import__"} and "weights_only=True" in calls["torch.load"]
 
-def test_probe_heads_reports_the_policy_of_a_run(folder, capsys):
-    m.main(list(map(str, [*QUICK, "--method", "grpo", "--out", "run", "--max_steps", 1])))
-    report = m.main(list(map(str, [*QUICK, "--probe_heads", "--out", "run", "--eval_prompts", 12, "--plot", "pictures"])))
-    assert json.loads(Path("run/heads.json").read_text()) == report and len(report["scores"]) == 3 and len(report["scores"][0]) == 4
-    out = capsys.readouterr().out
-    assert "best: layer" in out and "chance" in out and Path("pictures/heads.svg").exists() and len(report["difficulty"]) == 12
+@each("name", ["iiblpo.py", "ib_tpo.py"])
+def test_the_budgets(name):
+    text = (HERE / name).read_text(encoding="utf-8")
+    for i, line in enumerate(text.splitlines(), 1):
+        assert sum(not unicodedata.combining(c) for c in line) <= BUDGET["columns"], f"line {i}"
+    assert text.count("\n") <= BUDGET[name][0] and len(text.encode()) <= BUDGET[name][1]
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    assert [n.name for n in functions if n.end_lineno - n.lineno >= BUDGET["function_lines"]] == []
+    top = [n.name for n in ast.parse(text).body if hasattr(n, "name")]
+    assert len(top) == len(set(top))  # no name hides another
 
+# ---- verifiable reward
+EQUAL = r"""1,000|1000 ; 0.5|\frac12 ; \frac{3}{4}|3/4 ; \dfrac34|0.75 ; 2\frac{1}{2}|2.5 ; 2 1/2|5/2 ; -2\frac12|-2.5 ; 50\%|0.5 ; 50\%|50 ; \sqrt{8}|2\sqrt2 ;
+\sqrt[3]{27}|3 ; 2^{10}|1024 ; \frac{\pi}{2}|0.5\pi ; 2x+1|1+2x ; (x+1)^2|x^2+2x+1 ; x=5|5 ; \$18.00|18 ; 90^\circ|90 ; 5\text{ cm}|5 ;
+12 dollars|12 ; (1,\frac12)|(1,0.5) ; [0,1)|[0,1.0) ; \{1,2\}|\{2,1\} ; 1,2|2, 1 ; (-\infty, 3]|(-\infty,3] ; \text{Yes}|yes ;
+\left(1,2\right)|(1,2) ; x \in [1,2]|[1,2] ; 007|7 ; 3.0|3 ; \text{(A)}|(A) ; 1.5\times 10^{3}|1500 ; \frac{x}{2}|x/2 ; 6.|6 ;
+\frac{\sqrt{3}}{2}|\frac{3}{2\sqrt{3}} ; −3|-3 ; \$1,234.50|1234.5 ; 25\,\text{m}^2|25 ; 10^{-2}|0.01 ; 10\,000|10000 ; 10{,}000|10000 ;
+1{,}000|1000 ; 10,\!080|10080 ; 1,234.50|1234.5 ; 1,234,567|1234567 ; 1e5|100000 ; 3!|6 ; 42\text{ pieces}|42 ; 42 pieces|42 ; 42 pints|42 ;
+42 pigs|42 ; 42 pies|42 ; 42 pictures|42 ; 1 hour|1 ; \frac{1}{2}\text{ pies}|0.5 ; 1 \text{ or } 2|1,2 ; 2\text{ and }1|1,2 ; ‑3|-3 ; –3|-3 ;
+( 1 , 2 )|(1,2) ; \begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix}1\\2\end{pmatrix} ; 2 \frac{1}{2}|2.5 ; 2xy|2yx ; 20%|20 ; 20%|0.2 ;
+-0.5%|-0.005 ; Monday|monday ; \text{No solution}|no solution ; 3 \sqrt 2|\sqrt{18} ; 2\pi r|2r\pi ; 5 cm|5.0 cm ; 2 \left(x+1\right)|2x+2 ;
+(x + 1) (x - 2)|x^2-x-2 ; 1-\sqrt{2}, 1+\sqrt{2}|1+\sqrt2,1-\sqrt2 ; 5\text{ cm}^{2}|5\text{ cm}^2 ; 2^{100}|1267650600228229401496703205376 ;
+$\frac{1}{2}$|0.5 ; \(5\)|5 ; .5|1/2 ; 2*sqrt(3)|\sqrt{12} ; \$5|5 dollars"""
+UNEQUAL = r"""1|2 ; 0.333|1/3 ; \pi|3.14 ; (1,2)|(2,1) ; (1,2]|[1,2] ; (1,2)|1,2 ; listen|silent ; x+1|x-1 ; |0 ; 9^{9^9}|3 ; 1/0|1/0.0 ; 2^{10}|1023 ; x^2|2x ;
+\sqrt{2}|1.41421356 ; 1,2|1,2,2 ; 50\%|0.05 ; 5|x ; 12|1,2 ; (1,234)|1234 ; 1e3|1000.5 ; -1|1 ; \frac12|2 ; x²|x2 ; ٣|3 ; \sqrt{x^2}|x"""
+ATTACKS = r"""...|0 ; ..|0 ; .|0 ; \ldots|0 ; \infty-\infty|0 ; \infty/\infty|1 ; 0/0|0 ; 0/0|1 ; 1/0|2/0 ; 5:30|5:30 PM ; no|on ; BA|AB ; \,|\, ; ...|... ; ()|() ;
+x|X ; 42 or 23|42 ; 42 minus 2|42 ; 42 minus 2|40 ; 42 is wrong|42 ; 42 million|42 ; 42\text{ million}|42 ; 42 millions|42 ; 42 hundred|42 ;
+42 dozen|42 ; 42 dozens|42 ; 42 plus|42 ; 42 minus|42 ; 42 times|42 ; 42 percent|42 ; 42 half|42 ; 42 halves|42 ; 42 wrong|42 ; 42 or|42 ;
+42 twos|42 ; 42 thirds|42 ; 5 km|5 kg ; 5 cm|5 cm^2 ; 5 pigs|5 pies ; \$5|5 km ; 5%|5 km ; 5 feet 3|5 ; 5 feet 3|53 ; 6 7|42 ; 6 7|67 ; 6 (7)|42 ;
+(6) (7)|42 ; 6 .7|6.7 ; 4\,2|8 ; 4\,2|42 ; 1\,000|0 ; 4\text{ and }2|42 ; 4\text{ and }2|8 ; 4\text{2}|42 ; 2{3}|6 ; 2{3}|23 ; x2|2x ; lno|lon ;
+50%|0.05 ; 50%|50.5 ; 500%|5% ; 1, 234|1234 ; 5 # wrong|5 ; True|1 ; None|0 ; \sqrt{x^2}|-x ; \sqrt{x^2y^2}|xy ; \sqrt{-1}|-1 ; \sqrt{-4}|2 ;
+10^{30}|10^{30}+1 ; 10^{-79}|0 ; 1+10^{-79}|1 ; \sqrt{10^{60}}|1000000000000000000000000000001 ; 10^{-60}\sqrt2+1-1|0 ; \sqrt2+10^{-60}|\sqrt2 ;
+2^{10^{-60}}|1 ; 0.12345678901234567890|0.12345678901234567891 ; [5]|5 ; \text{}|0 ; __class__|0 ; x.y|xy ; 1/x|1/X ; i^2|-1.0"""
+EQUAL, UNEQUAL, ATTACKS = (table.replace("\n", " ").split(" ; ") for table in (EQUAL, UNEQUAL, ATTACKS))
+HOSTILE = ["__import__('os').system('touch /tmp/owned')", "().__class__", "lambda: 0", "9" * 10 ** 6, "9^9^9^9^9", "(" * 5000, "(" * 300, "99!",
+           "2^{2^{2^{2^{2^{9}}}}}", r"\frac{" * 200, "{" * 300, "x^{999999999}", "(((x^{200})^{200})^{200})^{200}", "1" + "0" * 198, "5\n%", "*x",
+           r"\sqrt{" + "7" * 90 + "}", "1/(1-1)", "0^{-1}", "٣٤", "\x00", "5!" * 50, "sqrt" * 40, "((2^{200})^{200})^{200}", "(-2)^{pi}", "1_0",
+           "(1+x)^{200}-(1+y)^{200}", "x^{y^{z}}", "oo-oo", "pi^{pi^{pi}}", "1" * 99 + "^{199}", ",".join("123456789" * 10), "(" * 90 + ")" * 90,
+           "0.{1}" * 30, "x" * 200, "(-8)^{1/3}", "--" * 90 + "1", "-" * 299 + "1", "1.2.3", "{" + "^" * 50, r"\text{" * 40 + "}" * 40, "\\" * 299,
+           "((((x+y+z))^199)^(199/100))^(2/3)", "sqrt(67+x*" * 12 + "2" + ")" * 12, r"\sqrt{1-" * 9 + r"\sqrt{2}" + "}" * 9, "." * 10 ** 6, "\ud800",
+           "(((((2^(1/2))^199)^199)^199)^199)^199", "[" * 150, "a*" * 149 + "b", "+".join("abcdef" * 20), "'\\d'", "f'{1}'", "0x1F", "x:=1",
+           "2^" * 149 + "2", "1/" * 149 + "3", "1 if 2 else 3", "(9^99)^99*" * 29 + "1", "1," * 149 + "1", "%" * 300, "50%" * 99, "\n" * 300]
 
-# ---- several processes ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("equal, pair", [(True, pair) for pair in EQUAL] + [(False, pair) for pair in UNEQUAL + ATTACKS])
+def test_equal_answers_are_and_unequal_ones_and_attacks_are_not(equal, pair):
+    a, b = pair.split("|")
+    assert m.verify(a, b) == m.verify(b, a) == equal and (m.verify(a, a) or not equal)
 
+def test_an_empty_answer_equals_nothing():
+    empty = [None, "", " ", ".", "...", ". . .", "\\,", "$$", "\\text{}", "()", "\\left(\\right)", "x="]
+    assert not any(m.verify(nothing, gold) for nothing in empty for gold in ["", "0", "...", " ", "none", "None", *empty[1:]])
 
-def torchrun(*arguments, **how):
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-                           "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *map(str, arguments)], capture_output=True, text=True,
-                          env=environment, timeout=300, **how)
+def test_extract_answer():
+    assert m.extract_answer(r"\boxed{1} so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}" and m.extract_answer("a\n#### ") is None
+    assert m.extract_answer("18 is\n#### 1,800\nbye") == "1,800" and m.extract_answer("3+8\n1\n#1") == "1"
+    assert m.extract_answer("nothing") is None and m.extract_answer("#") is None and m.extract_answer(r"\boxed{never closed") is None
+    assert m.extract_answer("#2\n#") == "2" and m.extract_answer(r"it is $\boxed 7$.") == "7" and m.extract_answer(r"\fbox{x}") == "x"
+    assert not m.verify(m.extract_answer(r"\boxed{...}"), "...") and m.extract_answer(r"#### 3 \boxed{\text{a {b}}}") == r"\text{a {b}}"
 
+@pytest.mark.parametrize("piece", ["\\boxed{", "#", "# ", "\\boxed ", "{", "}", "\\boxed{}", "\\fbox{{", "####\n", " ", "#x"])
+def test_extraction_from_a_megabyte_is_linear(piece):
+    start = time.perf_counter()
+    for before in ("", "\\boxed{", "\\boxed"):
+        m.extract_answer(before + piece * (10 ** 6 // len(piece)))
+    assert time.perf_counter() - start < 3
 
-GRADIENTS = """
-import contextlib, sys, torch
-sys.path.insert(0, sys.argv[1])
-import test_iiblpo as t
-m, tpo = t.m, t.tpo
-t.m.start_processes(t.config())
-model = t.small_model()
-batch = t.batch_for_update(model, 15)[m.RANK::m.WORLD]
-out = []
-for flags in ([], ["--loss_mean", "sequence", "--kl", 0.1], ["--updates_per_step", 2]):
-    grab = t.Grab(model)
-    stats = m.update(model, grab, batch, t.config("--max_grad_norm", 1e9, *flags),
-                     t.small_model(seed=1) if "--kl" in flags else None)
-    out.append((grab.grads, dict(stats)))
-model, c, roots, _ = t.grown(n=5)
-t.shake(roots)
-for update in ("tree", "flat"):
-    out.append(t.tree_gradient(model, roots[m.RANK::m.WORLD], "--update", update))
-if m.RANK == 0:
-    torch.save(out, sys.argv[2])
-"""
+def spellings(rng):
+    """A random value of a kind that GSM8K, MATH or AIME ask for: (a name of the kind, a float or another key, spellings)."""
+    a, b, c = rng.randint(2, 99), rng.randint(2, 12), rng.randint(2, 9)
+    frac, n = a / b, rng.randint(1000, 999_999)
+    x, y = sorted((rng.randint(-20, 0), rng.randint(1, 20)))
+    kinds = [
+        ("integer", a, [f"{a}", f"{a}.0", f"\\text{{{a}}}", f"{a}.", f"\\left({a}\\right)", f"x={a}"]),
+        ("thousands", n, [f"{n}", f"{n:,}", f"\\${n:,}", f"{n:,}.00", f"{n} dollars"]), ("AIME", a, [f"{a:03d}", f"{a}"]),
+        ("fraction", frac, [f"\\frac{{{a}}}{{{b}}}", f"{a}/{b}", f"\\dfrac{{{a * c}}}{{{b * c}}}", f"\\tfrac{{{a}}}{{{b}}}", f"({a}/{b})"]),
+        ("negative", -frac, [f"-\\frac{{{a}}}{{{b}}}", f"\\frac{{-{a}}}{{{b}}}", f"-{a}/{b}", f"−{a}/{b}"]),
+        ("decimal", a / 8, [f"{a / 8}", f"\\frac{{{a}}}{{8}}", f"{a / 8:.4f}"]), ("money", a + 0.5, [f"\\${a}.50", f"{a}.5", f"\\${a}.50\\text{{ dollars}}"]),
+        ("unit", a, [f"{a}\\text{{ cm}}", f"{a}", f"{a}\\,\\mathrm{{cm}}", f"{a} cm"]),
+        ("area", a, [f"{a}\\text{{ cm}}^2", f"{a}", f"{a}\\,\\text{{cm}}^{{2}}"]), ("count", a, [f"{a}\\text{{ apples}}", f"{a}", f"{a} apples"]),
+        ("degrees", a, [f"{a}^\\circ", f"{a}^{{\\circ}}", f"{a}", f"{a} degrees"]),
+        ("root", c * math.sqrt(b), [f"{c}\\sqrt{{{b}}}", f"\\sqrt{{{b * c * c}}}", f"{c}*\\sqrt{{{b}}}", f"{c}\\cdot\\sqrt{{{b}}}"]),
+        ("over root", a / math.sqrt(b), [f"\\frac{{{a}}}{{\\sqrt{{{b}}}}}", f"\\frac{{{a}\\sqrt{{{b}}}}}{{{b}}}"]),
+        ("sum", a + math.sqrt(b), [f"{a}+\\sqrt{{{b}}}", f"\\sqrt{{{b}}}+{a}"]),
+        ("pi", frac * math.pi, [f"\\frac{{{a}\\pi}}{{{b}}}", f"\\frac{{{a}}}{{{b}}}\\pi", f"{a}\\pi/{b}"]), ("power", c ** b, [f"{c}^{{{b}}}", f"{c ** b}"]),
+        ("scientific", c * 10 ** b, [f"{c}\\times 10^{{{b}}}", f"{c}\\cdot 10^{{{b}}}", f"{c * 10 ** b}"]),
+        ("polynomial", ("poly", c, a), [f"x^2+{c}x+{a}", f"{a}+{c}x+x^2", f"x^{{2}}+{c}x+{a}"]),
+        ("factored", ("fact", *sorted((b, c))), [f"(x+{b})(x+{c})", f"(x+{c})(x+{b})", f"x^2+{b + c}x+{b * c}"]),
+        ("rational", ("rational", a), [f"\\frac{{x}}{{{a}}}", f"x/{a}", f"\\frac{{1}}{{{a}}}x"]),
+        ("pair", ("pair", x, y), [f"({x},{y})", f"({x}, {y})", f"\\left({x}, {y}\\right)"]),
+        ("interval", ("interval", x, y), [f"[{x},{y})", f"[{x}, {y})", f"\\left[{x},{y}\\right)", f"x\\in[{x},{y})"]),
+        ("ray", ("ray", x), [f"(-\\infty,{x}]", f"(-\\infty, {x}]", f"\\left(-\\infty,{x}\\right]"]),
+        ("set", ("set", x, y), [f"\\{{{x},{y}\\}}", f"\\{{{y},{x}\\}}", f"\\{{{x}, {y}\\}}"]),
+        ("list", ("set", x, y), [f"{x},{y}", f"{y}, {x}", f"{x} \\text{{ or }} {y}"]),
+        ("mixed", a + c / 10, [f"{a}\\frac{{{c}}}{{10}}", f"{a}.{c}", f"{a} {c}/10"]),
+        ("choice", ("choice", a % 5), [f"\\text{{({'ABCDE'[a % 5]})}}", f"({'ABCDE'[a % 5]})"]),
+        ("word", ("word", a % 3), [f"\\text{{{('Sunday', 'even', 'no solution')[a % 3]}}}", f"{('Sunday', 'even', 'no solution')[a % 3]}"])]
+    return rng.choice(kinds)
 
+def spelled_pairs(n, seed=0):
+    """(answer, gold, whether they are equal), half of them of one value, half of two values of one kind."""
+    rng, pairs = random.Random(seed), []
+    while len(pairs) < n:
+        kind, value, texts = spellings(rng)
+        if len(pairs) % 2:
+            pairs.append((*rng.sample(texts, 2), True))
+        else:
+            other, key, more = next(k for k in iter(lambda: spellings(rng), None) if k[0] == kind and k[1] != value)
+            pairs.append((rng.choice(texts), rng.choice(more), False))
+    return pairs
 
-def test_two_processes_give_the_gradient_of_one(tmp_path):
-    Path(tmp_path / "g.py").write_text(GRADIENTS)
-    run = torchrun(tmp_path / "g.py", HERE, tmp_path / "two.pt")
-    assert run.returncode == 0, run.stderr
-    subprocess.run([sys.executable, tmp_path / "g.py", HERE, tmp_path / "one.pt"], check=True, capture_output=True)
-    one, two = (torch.load(tmp_path / f"{n}.pt") for n in ("one", "two"))
-    assert len(one) == 5
-    for i, ((a, stats_a), (b, stats_b)) in enumerate(zip(one, two)):
-        if i != 2:  # two updates a step: processes cut their batches in two for themselves
-            same = ["loss", "kl", "grad_norm"] if i == 1 else stats_a.keys()  # the others are means by tokens in a micro-batch
-            assert {k: stats_a[k] for k in same} == pytest.approx({k: stats_b[k] for k in same}, rel=1e-4, abs=1e-6) and len(b) == 1
-            assert (a[0] - b[0]).norm() / a[0].norm() < 1e-6
-        assert stats_a["skipped"] == 0 and len(a) == len(b)
+def test_spellings_of_one_value_are_equal_and_of_two_are_not():
+    wrong = [(a, g, equal) for a, g, equal in spelled_pairs(6000) if m.verify(a, g) != equal or m.verify(g, a) != equal or not m.verify(a, a)]
+    assert not wrong, wrong[:20]
 
+def test_values_of_different_kinds_are_never_equal():
+    rng, count = random.Random(1), 0
+    while count < 2000:
+        (_, a, x), (_, b, y) = spellings(rng), spellings(rng)
+        tuples = isinstance(a, tuple), isinstance(b, tuple)
+        if all(tuples) and a[0] != b[0] or not any(tuples) and abs(a - b) > 1e-9:
+            assert not m.verify(rng.choice(x), rng.choice(y)), (x, y)
+            count += 1
 
-@pytest.mark.parametrize("script, flags", [("iiblpo.py", QUICK), ("ib_tpo.py", TREES)], ids=["iiblpo", "ib_tpo"])
-def test_torchrun_trains_saves_and_resumes(folder, script, flags):
-    flags = [*flags, "--max_steps", 2]
-    run = torchrun(HERE / script, *flags)
-    assert run.returncode == 0, run.stderr
-    (out,) = Path("runs").iterdir()
-    log, summary = metrics(out), json.loads((out / "summary.json").read_text())
-    assert len(log) == 2 and run.stdout.count("before") == 1 and summary["after"]["length"] > 0
-    candidates = 3 * 4 if script == "ib_tpo.py" else 4 * 6
-    assert 0.5 * candidates < log[0]["trajectories"] <= candidates
-    assert torchrun(HERE / script, *flags, "--resume", "--max_steps", 3).returncode == 0 and len(metrics(out)) == 3
-    transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+def test_agreement_with_math_verify():
+    library = pytest.importorskip("math_verify", reason="math-verify is not installed here (pip install math-verify)")
+    pairs, differ = spelled_pairs(600, seed=2), []
+    for a, g, equal in pairs:
+        theirs = library.verify(library.parse(f"${g}$"), library.parse(f"\\boxed{{{a}}}"))
+        if theirs != m.verify(a, g):
+            assert m.verify(a, g) == equal  # where the two differ, this one is right by construction
+            differ.append((a, g, "math-verify says equal" if theirs else "math-verify says different"))
+    print(f"\nagreement {1 - len(differ) / len(pairs):.1%}", *differ, sep="\n")
+    assert len(differ) / len(pairs) <= 0.03
 
+def hostile_strings(n, seed):
+    """Mutations and mixtures of answers, LaTeX pieces and code."""
+    rng = random.Random(seed)
+    pieces = [s for pair in EQUAL + UNEQUAL + ATTACKS for s in pair.split("|")] + HOSTILE[:3] + ["1" * 60] + (
+        "^ { } ( ) 9 x \\frac \\sqrt sqrt , [ ] \\{ _ . % pi oo / * - 10^{99} é ² = \\boxed{ 10 0 ** ! e \\text{a} __ ^{-1/2}".split(" ") + [" ", "\n"])
+    for _ in range(n):
+        s = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 12)))
+        for _ in range(rng.randint(0, 3)):
+            i = rng.randrange(len(s) + 1)
+            s = s[:i] + rng.choice(["", chr(rng.randrange(32, 127)), chr(rng.randrange(0x2000)), s[:i]]) + s[i + rng.randint(0, 2):]
+        yield s
 
-def test_a_dying_process_ends_the_job(folder):
-    Path("d.py").write_text(f"""
-import os, sys
-sys.path.insert(0, {str(HERE)!r})
-import iiblpo as m
-real = m.update
-m.update = lambda *a: os._exit(9) if m.RANK == 1 else real(*a)
-m.main({list(map(str, QUICK))!r})
-""")
-    run = torchrun("d.py")
-    assert run.returncode != 0 and "exitcode  : 9" in run.stderr
-    assert "at least the number of processes (2)" in torchrun(HERE / "iiblpo.py", *QUICK, "--prompts_per_step", 1).stderr
+def tower(rng, depth):
+    """A nested expression: its text, and its value to 200 digits or None where it has letters, dots, no value or one beyond 10^70."""
+    if depth == 0:
+        text = rng.choice("2 3 199 0.5 1 10 0 1.0 99999999999999999999 \\pi x ...".split())
+        return text, None if text in ("x", "...") else +mpmath.pi if text == "\\pi" else mpmath.mpf(text)
+    (a, x), (b, y) = tower(rng, depth - 1), tower(rng, rng.randrange(depth))
+    form, value = rng.choice([(r"\sqrt{%s}%.0s", lambda: mpmath.sqrt(x)), ("(%s)^{199}%.0s", lambda: x ** 199), ("(%s)^{1/2}%.0s", lambda: mpmath.sqrt(x)),
+                              ("(%s)^{-1}%.0s", lambda: 1 / x), ("1-(%s)%.0s", lambda: 1 - x), (r"\frac{%s}{%s}", lambda: x / y), ("(%s)+(%s)", lambda: x + y),
+                              (r"(%s)-\sqrt{%s}", lambda: x - mpmath.sqrt(y)), ("(%s)*(%s)", lambda: x * y), ("(%s)^{%s}", lambda: x ** y)])
+    known = x is not None and (y is not None or "%.0s" in form) and (form != "(%s)^{%s}" or abs(y) < 1000 and x != 0) and (y != 0 or form != r"\frac{%s}{%s}")
+    number = value() if known and (x != 0 or "-1" not in form) else None
+    return form % (a, b), number if number is not None and mpmath.im(number) == 0 and 1e-70 < abs(number) < 1e70 else None
 
+def attack(strings):
+    """verify on strings, each against a gold answer and against itself plus one: right never, late never, and memory stays."""
+    memory, worst, golds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, (0, ""), itertools.cycle(["3", r"\frac{1}{2}", "(1,2)", "x+1", "50%", "0"])
+    for s in strings:
+        for gold in (next(golds), f"({s})+1"):
+            start = time.process_time()
+            right = m.verify(s, gold)
+            worst = max(worst, (time.process_time() - start, s[:300]))
+            assert right in (True, False) and not (right and gold == f"({s})+1"), s
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
+    print(f"\nworst {worst[0]:.3f} s at {worst[1]!r}, memory grew by {grown:.0f} MB")
+    assert worst[0] <= 0.2 and grown <= 200 and not os.path.exists("/tmp/owned")
 
-# ---- IB-TPO ---------------------------------------------------------------------------------------------------------
+def attack_by_towers(n, seed):
+    """Attacks by towers; one that has a value is equal to the nearest integer only if it is one."""
+    rng = random.Random(seed)
+    with mpmath.workdps(200):
+        towers = [tower(rng, rng.randint(1, 9)) for _ in range(n)]
+        near = [(text, value, str(int(mpmath.nint(value)))) for text, value in towers if value is not None and abs(value) < 1e15]
+        right = [(text, gold, abs(value - int(gold)) < 1e-150) for text, value, gold in near if m.verify(text, gold)]
+    assert all(integer for _, _, integer in right), [r for r in right if not r[2]][:5]
+    print(f"\n{n} towers, {len(near)} with a value, {len(right)} of them read as integers, and rightly")
+    attack(text for text, _ in towers)
 
+def test_known_killers():
+    attack([*HOSTILE, "9" * 30_000_000, "\\frac{" * 5_000_000, "." * 30_000_000])
 
-def test_what_both_scripts_define_is_the_same_in_both():
-    """The twins: same words for every function, class and constant that both have."""
-    def definitions(name):
-        text = (HERE / name).read_text(encoding="utf-8")
-        found = {}
-        for node in ast.parse(text).body:
-            names = [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", []) if hasattr(t, "id")]
-            found |= {n: ast.get_source_segment(text, node) for n in names}
-        return found
+def test_ten_thousand_hostile_strings_neither_raise_nor_run_nor_hang():
+    attack(hostile_strings(5000, seed=0))
+    attack_by_towers(5000, seed=0)
 
-    a, b = definitions("iiblpo.py"), definitions("ib_tpo.py")
-    both = set(a) & set(b) - {"Config", "train", "main"}
-    assert len(both) >= 55 and [n for n in sorted(both) if a[n] != b[n]] == []
+@pytest.mark.benchmark
+def test_100_000_towers_and_200_000_hostile_strings():
+    attack_by_towers(100_000, seed=1)
+    attack(hostile_strings(200_000, seed=1))
 
+def test_nested_latex_is_compared_both_ways_alike_and_equals_itself():
+    rng = random.Random(3)
+    texts = [tower(rng, rng.randint(1, 5))[0] for _ in range(1500)] + list(hostile_strings(1500, seed=4))
+    for a, b in zip(texts, texts[1:] + texts[:1]):
+        assert m.verify(a, b) == m.verify(b, a) and m.verify(a, a) == (len(a) <= m.MAX_LENGTH and m.read(a)[0] != [])
+
+def test_constant_answers_earn_no_more_than_their_share():
+    rng, problems = random.Random(5), []
+    while len(problems) < 500:
+        a, b, c = rng.randint(2, 40), rng.randint(2, 12), rng.randint(2, 9)
+        problems.append(rng.choice([
+            (f"Ann has {a} boxes of {b} pens each. She gives {c} pens away. How many pens are left?", f"{a * b - c}", a * b - c),
+            (f"Bus #{a} carries {b} people at ${c} each. How many dollars is that? End with #### and the answer.", f"\\${b * c}", b * c),
+            (f"What share of {b * c} is {c}? Write \\boxed{{...}}.", f"\\frac{{1}}{{{b}}}", 1 / b), (f"Solve {a}x = {a * c}.", f"x={c}", c),
+            (f"A square has sides of {a} cm. What is its area?", f"{a * a}\\text{{ cm}}^2", a * a)]))
+    worthless = ["", "...", "no idea", "####", *map("\\boxed{{{}}}".format, ["...", "", "x", "1,2,3,4,5", "2 or 3 or 4", "\\infty", "0/0", "dollars", "cm", "1/0"])]
+    attackers = {text: () for text in worthless} | {"\\boxed{50%}": (0.5, 50), "\\boxed{\\frac12}": (0.5,)}
+    attackers |= {f"\\boxed{{{n}}}": (n,) for n in range(-1, 101)} | {f"#### {n}": (n,) for n in range(10)}
+    for response, values in attackers.items():
+        assert sum(m.verify(m.extract_answer(response), gold) for _, gold, _ in problems) == sum(value in values for _, _, value in problems), response
+    assert not any(m.verify(m.extract_answer(question), gold) or m.verify(question, gold) for question, gold, _ in problems)
+    assert all(m.verify(m.extract_answer(f"so\n#### {gold}"), gold) for _, gold, _ in problems)
+
+# ---- IB-TPO: steps, tree, score
+
+SHARED_LINES = 575  # of the functions that stand in both scripts
+
+def definitions(script):
+    """{name: source lines} of what a script defines at its top level."""
+    text, found = (HERE / script).read_text(encoding="utf-8"), {}
+    for node in ast.parse(text).body:
+        names = [getattr(node, "name", "")] + [getattr(t, "id", "") for t in getattr(node, "targets", [])]
+        begin = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
+        found |= {name: text.splitlines()[begin - 1:node.end_lineno] for name in names}
+    return found
+
+def test_what_stands_in_both_scripts_is_in_the_same_words():
+    ours, theirs = map(definitions, SCRIPTS)
+    both = set(ours) & set(theirs) - {"", "Config", "prepare", "training_step", "show"}
+    lines = sum(len(ours[name]) for name in both if "def " in "".join(ours[name][:2]))
+    print(f"{lines} lines of functions stand in both scripts")
+    assert [name for name in both if ours[name] != theirs[name]] == []
+    assert len(both) >= 40 and lines <= SHARED_LINES
 
 def test_split_steps():
-    tiny, token = m.tiny_tokenizer(), lambda text: m.tiny_tokenizer()(text).input_ids
-    steps = tpo.split_steps(token("3+8\n1\n#1") + [1], tiny, "\n")
-    assert [tiny.decode(s) for s in steps] == ["3+8\n", "1\n", "#1<eos>"]
-    assert tpo.split_steps([1], tiny, "\n") == [[1]] and tpo.split_steps([], tiny, "\n") == []  # EOS inside the first step
-    assert tpo.split_steps(token("12"), tiny, "\n") == [token("12")]  # no delimiter
-    assert tpo.split_steps(token("1\n\n\n2"), tiny, "\n\n") == [token("1\n\n"), token("\n2")]  # two tokens make the delimiter
-    text = "Löse x.\n\nErst 3·4 = 12 😀.\n\n\nThen: **done**.\n\n"
+    tiny, text = m.tiny_tokenizer(), "Löse x.\n\nErst 3·4 = 12 😀.\n\n\nThen: **done**.\n\n"
+    for delimiter, *steps in [["\n", "3+8\n", "1\n", "#1<eos>"], ["\n", "12"], ["\n", "<eos>"], ["\n"],
+                              ["\n\n", "1\n\n", "\n2"]]:
+        found = tpo.split_steps(tiny("".join(steps)).input_ids, tiny, delimiter)
+        assert [tiny.decode(step) for step in found] == steps
     bpe = bpe_tokenizer([text] * 9 + ["word.\n\n"] * 50)
     ids = bpe(text).input_ids + [1]
-    assert any(bpe.decode([i]).startswith(".\n") for i in ids)  # tokens that contain the delimiter and more
+    assert any(bpe.decode([i]).startswith(".\n") for i in ids)  # not the delimiter alone
     steps = tpo.split_steps(ids, bpe, "\n\n")
-    assert sum(steps, []) == ids and all(steps) and steps[-1] == [1]
-    assert all("\n\n" in bpe.decode(s) and "\n\n" not in bpe.decode(s[:-1]) for s in steps[:-1]) and len(steps) == 4
-    rng = random.Random(0)
-    for _ in range(200):
-        ids = [rng.randrange(len(bpe)) for _ in range(30)]
+    assert sum(steps, []) == ids and len(steps) == 4 and steps[-1] == [1]
+    assert all("\n\n" in bpe.decode(s) and "\n\n" not in bpe.decode(s[:-1]) for s in steps[:-1])
+    for seed in range(200):
+        ids = random.Random(seed).choices(range(len(bpe)), k=30)
         assert sum(tpo.split_steps(ids, bpe, "\n\n"), []) == ids
 
-
-# Trajectories, steps named by letters:   q -+- a -+- b -+- c      reward 1         probabilities, each step's geometric mean:
-#                                            |     |     +- d             0         a 0.5 (of 0.25 and 1)  b 0.8  c 0.9  d 0.1
-#                                            |     +- e                   1         e 0.2  f 0.3  g 0.2  h 0.6
-#                                            +- f (twice)                 0, 0
-#                                            +- g --- h                   0
+# Steps named by letters:  q -+- a -+- b -+- c      reward 1    π(s), geometric means over tokens:
+#                             |     |     +- d             0    a 0.5 (of 0.25 and 1)  b 0.8  c 0.9
+#                             |     +- e                   1    d 0.1  e 0.2  f 0.3  g 0.2  h 0.6
+#                             +- f (twice)              0, 0
+#                             +- g --- h                   0
 P = {"a": [0.25, 1.0], "b": [0.8], "c": [0.9], "d": [0.1], "e": [0.2], "f": [0.3], "g": [0.2], "h": [0.6]}
 PATHS = [("abc", 1.0), ("abd", 0.0), ("ae", 1.0), ("f", 0.0), ("gh", 0.0), ("f", 0.0)]
-
 
 def hand_tree(paths=PATHS):
     root = tpo.Node([9])
     for path, reward in paths:
-        tpo.insert(root, [[ord(s)] * len(P[s]) for s in path], [torch.tensor(P[s]).log() for s in path], reward)
+        steps = [[ord(s)] * len(P[s]) for s in path]
+        tpo.insert(root, steps, [torch.tensor(P[s]).log() for s in path], reward)
     return root, {chr(n.tokens[0]): n for n in root.walk()[1:]}
-
 
 def test_a_tree_by_hand():
     root, node = hand_tree()
-    assert {s: (n.visits, n.total_reward) for s, n in node.items()} == {
-        "a": (3, 2), "b": (2, 1), "c": (1, 1), "d": (1, 0), "e": (1, 1), "f": (2, 0), "g": (1, 0), "h": (1, 0)}
-    assert root.visits == 6 and root.value == pytest.approx(1 / 3) and node["a"].value == pytest.approx(2 / 3)
+    assert [node[s].visits for s in "abcdefgh"] == [3, 2, 1, 1, 1, 2, 1, 1]
+    assert [node[s].total_reward for s in "abcdefgh"] == [2, 1, 1, 0, 1, 0, 0, 0]
+    assert (root.visits, root.value, node["a"].value) == pytest.approx((6, 1 / 3, 2 / 3))
     assert node["a"].confidence == pytest.approx(0.5) and node["c"].end == 4 and len(root.children) == 3
-    # η₁ = p̂/p̂(parent) - 1.2:  a (2/3)/(1/3) - 1.2;  b (1/2)/(2/3) - 1.2;  f, g, d: 0 - 1.2;  h: p̂(g) = 0, so 1 - 1.2
-    for s, eta in {"a": 0.8, "b": -0.45, "c": 0.8, "d": -1.2, "e": 0.3, "f": -1.2, "g": -1.2, "h": -0.2}.items():
+    # η₁ = p̂/p̂(parent) - 1.2:  a 2 - 1.2;  b (1/2)/(2/3) - 1.2;  d, f, g -1.2;  h: p̂(g) = 0, so 1 - 1.2
+    for s, eta in zip("abcdefgh", [0.8, -0.45, 0.8, -1.2, 0.3, -1.2, -1.2, -0.2]):
         assert tpo.information_gain(node[s], 5.0) == pytest.approx(eta, abs=1e-6)
-    # J(q) = 6/6 (3·0.8·0.5 - 2·1.2·0.3 - 1.2·0.2) = 0.24;  J(a) = 6/3 (-2·0.45·0.8 + 0.3·0.2) = -1.32;
-    # J(b) = 6/2 (0.8·0.9 - 1.2·0.1) = 1.8;  J(g) = 6 (-0.2·0.6) = -0.72: a single child
-    scores = {"q": 0.24, "a": -1.32, "b": 1.8, "g": -0.72}
-    for s, J in scores.items():
+    # J(q) = 6/6 (3·0.8·0.5 - 2·1.2·0.3 - 1.2·0.2);  J(a) = 6/3 (-2·0.45·0.8 + 0.3·0.2);
+    # J(b) = 6/2 (0.8·0.9 - 1.2·0.1);  J(g) = 6 (-0.2·0.6): a single child
+    for s, J in {"q": 0.24, "a": -1.32, "b": 1.8, "g": -0.72}.items():
         assert tpo.ib_score(node.get(s, root), 5.0) == pytest.approx(J, abs=1e-6)
-    # Cov at q: means -0.2 and 23/60, E[η₁η₂] = 0.04, so 0.04 + 0.2·23/60; at b: E = 0.3, means -0.2 and 0.5
-    assert tpo.ib_covariance(root, 5.0) == pytest.approx(0.04 + 0.2 * 23 / 60, abs=1e-6)
-    assert tpo.ib_covariance(node["b"], 5.0) == pytest.approx(0.4, abs=1e-6) and tpo.ib_covariance(node["g"], 5.0) == 0
+    # Cov at q: means -0.2 and 23/60, E[η₁η₂] = 0.04; at b: means -0.2 and 0.5, E = 0.3
+    for s, cov in {"q": 0.04 + 0.2 * 23 / 60, "b": 0.4, "g": 0}.items():
+        assert tpo.ib_covariance(node.get(s, root), 5.0) == pytest.approx(cov, abs=1e-6)
     with pytest.raises(ZeroDivisionError):
         tpo.ib_score(node["c"], 5.0)
     # std = sqrt(1/3 · 2/3) = sqrt(2)/3;  A_GL = (p̂ - 1/3) / std
-    r = math.sqrt(2)
-    gl = {"a": r / 2, "b": r / 4, "c": r, "d": -r / 2, "e": r, "f": -r / 2, "g": -r / 2, "h": -r / 2}
-    ib = {"a": 0.4, "b": -0.36, "c": 0.72, "d": -0.12, "e": 0.06, "f": -0.36, "g": -0.24, "h": -0.12}
-    for kind, A in {"gl": gl, "grpo": gl, "ib": ib, "gl+ib": {s: gl[s] + 0.1 * ib[s] for s in gl}}.items():
-        result = tpo.step_advantages(root, tree_config("--advantage", kind))
-        assert {s: result[n] for s, n in node.items()} == pytest.approx(A, abs=1e-6) and len(result) == 8
+    r, std = math.sqrt(2), math.sqrt(2) / 3
+    gl = torch.tensor([r / 2, r / 4, r, -r / 2, r, -r / 2, -r / 2, -r / 2])
+    ib = torch.tensor([0.4, -0.36, 0.72, -0.12, 0.06, -0.36, -0.24, -0.12])
+    for kind, A in {"gl": gl, "ib": ib, "gl+ib": gl + 0.1 * ib, "grpo": gl * std / (std + 1e-4)}.items():
+        found = tpo.step_advantages(root, tree_config("--beta", 5, "--lam", 0.1, "--advantage", kind))
+        assert [found[node[s]] for s in "abcdefgh"] == pytest.approx(A.tolist(), abs=1e-6) and len(found) == 8
 
+def test_trees_all_wrong_all_right_or_of_one_trajectory():
+    for paths, reward in (("abc", "f"), 0.0), (("abc", "f"), 1.0), ("f", 1.0):  # η₁ = -1/β everywhere
+        root, node = hand_tree([(path, reward) for path in paths])
+        for kind, A in {"gl": 0.0, "grpo": 0.0, "gl+ib": -0.1 * 0.2 * 0.3}.items():
+            c = tree_config("--beta", 5, "--lam", 0.1, "--advantage", kind)
+            assert tpo.step_advantages(root, c)[node["f"]] == pytest.approx(A)
+        mean = sum({"abc": 0.5, "f": 0.3}[path] for path in paths) / len(paths)
+        assert tpo.ib_score(root, 5.0) == pytest.approx(6 * -0.2 * mean)
 
-def test_trees_at_the_edges():
-    for reward in (0.0, 1.0):  # std 0, and p̂(q) = 0: ratios count as 1, so η₁ = -1/β everywhere
-        root, node = hand_tree([(path, reward) for path, _ in PATHS])
-        assert set(tpo.step_advantages(root, tree_config("--advantage", "gl")).values()) == {0.0}
-        A = tpo.step_advantages(root, tree_config())
-        assert A[node["f"]] == pytest.approx(-0.1 * 0.2 * 0.3)
-        assert tpo.ib_score(root, 5.0) == pytest.approx(-0.2 * (3 * 0.5 + 2 * 0.3 + 0.2))
-    root, node = hand_tree([("f", 1.0)])  # one trajectory, without a delimiter or with EOS in its first step
-    assert len(root.walk()) == 2 and node["f"].visits == 1 and tpo.ib_score(root, 5.0) == pytest.approx(6 * (1 - 1.2) * 0.3)
-    long = tpo.Node([9], step_prob="product")
-    leaf = tpo.insert(long, [[1] * 3], [torch.full((3,), 0.5).log()], 1.0)
-    assert leaf.confidence == pytest.approx(0.125) and leaf.parent is long and leaf.path() == [leaf]
-
-
-def test_samplers_choose_as_they_say():
+def test_samplers_choose_as_they_say_and_where_there_is_room():
     root, node = hand_tree()
     for s, n in node.items():
         n.entropy = torch.full((len(n.tokens),), {"e": 0.9, "h": 0.7, "c": 0.5}.get(s, 0.1))
-    root.branched, rng = [0], random.Random(0)
+    root.branched, rng = 1, random.Random(0)
 
-    def names(k, sampler, c=tree_config()):
-        return "".join("q" if n is root else chr(n.tokens[0]) for n in tpo.select_nodes(root, k, sampler, c, rng))
+    def names(k, sampler, *flags):
+        nodes = tpo.select_nodes(root, k, sampler, tree_config("--beta", 5, *flags), rng)
+        return "".join("q" if n is root else chr(n.tokens[0]) for n in nodes)
 
-    assert names(4, "ib") == "bqga" and names(6, "ib") == "bqgabq"  # by the scores above, then again
+    assert names(4, "ib") == "bqga" and names(6, "ib") == "bqgabq"  # by J as above, then again
     assert names(4, "entropy") == "agbq"  # before e, h, c; the root was branched once already
     assert names(4, "fixed") == "agbq"  # from the root down, each place once
-    node["a"].branched = node["g"].branched = [1]
+    node["a"].branched = node["g"].branched = 1
     assert names(4, "fixed") == "bqag" and names(2, "entropy") == "ba"
-    drawn = {names(1, "random") for _ in range(99)}
-    assert drawn == set("qabg")
-    assert names(2, "ib", tree_config("--max_new_tokens", 3)) == "qg"  # b ends at token 3: no room
-
+    assert {names(1, "random") for _ in range(99)} == set("qabg")
+    assert names(2, "ib", "--max_new_tokens", 3) == "qg"  # b ends at token 3: no room
 
 def test_the_estimator_converges_to_the_closed_form():
-    """A toy policy with known π(s) and p(a*|s): J = (1+β) Σ π² (p(a*|s)/p(a*|v) - (1 + 1/β)); and its bias for small B."""
-    beta, pi, p = 5.0, [0.5, 0.3, 0.2], [0.9, 0.5, 0.1]
-    pv = sum(a * b for a, b in zip(pi, p))
-    closed = (1 + beta) * sum(a * a * (b / pv - (1 + 1 / beta)) for a, b in zip(pi, p))
-    rng = random.Random(0)
-
-    def estimate(B):
+    """A toy policy of known π(s) and p(a*|s): J = (1+β) Σ π² (p(a*|s)/p(a*|v) - (1 + 1/β))."""
+    beta, pi, p = 5.0, torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.9, 0.5, 0.1])
+    closed = (1 + beta) * (pi ** 2 * (p / (pi @ p) - (1 + 1 / beta))).sum()
+    rng, scores = random.Random(0), torch.zeros(8)
+    for i in range(8):
         root = tpo.Node([9])
-        for s in rng.choices(range(3), pi, k=B):
-            tpo.insert(root, [[s]], [torch.tensor([pi[s]]).log()], float(rng.random() < p[s]))
-        return tpo.ib_score(root, beta)
+        for s in rng.choices(range(3), pi, k=10_000):
+            tpo.insert(root, [[s]], [pi[s:s + 1].log()], float(rng.random() < p[s]))
+        scores[i] = tpo.ib_score(root, beta)
+    error = scores.std()
+    assert abs(scores[0] - closed) < 3 * error and error < 0.05 * (1 + beta)
+    assert abs(scores.mean() - closed) < 3 * error / math.sqrt(8)
 
-    large = [estimate(10_000) for _ in range(8)]
-    mean = sum(large) / 8
-    error = math.sqrt(sum((x - mean) ** 2 for x in large) / 7)
-    assert abs(large[0] - closed) < 3 * error and abs(mean - closed) < 3 * error / math.sqrt(8) and error < 0.05 * (1 + beta)
-    for B, runs in ((2, 3000), (4, 2000), (8, 1000)):
-        small = [estimate(B) for _ in range(runs)]
-        bias = sum(small) / runs - closed
-        error = math.sqrt(sum((x - closed - bias) ** 2 for x in small)) / runs
-        print(f"B = {B}: bias {bias:+.3f} +- {error:.3f} of J = {closed:.3f}")
-
-
-def grown(kind="Qwen2", n=3, seed=0, **flags):
-    """(model, config, roots, trajectories): IBTrees of a random policy, with random rewards."""
-    model, tokenizer = small_model(kind), m.tiny_tokenizer()
-    c = tree_config("--max_new_tokens", 24, "--tree", 3, 4, 2, 2, "--rollouts", 15, *(x for k, v in flags.items() for x in ("--" + k, v)))
-    problems = [(q, str(m.chain_value(q))) for q in m.chain_questions(random.Random(seed), [2, 7], False, n)]
-    torch.manual_seed(seed)
+def grown(kind="Qwen2", n=3, sampler="ib"):
+    """(model, roots, trajectories): trees of a random policy, with arbitrary rewards."""
+    model = small_model(kind)
+    c = tree_config("--max_new_tokens", 24, "--tree", 3, 4, 2, 2, "--sampler", sampler)
+    problems = prompts(*(q + "\n" for q in m.chain_questions(random.Random(0), [2, 7], False, n)))
+    torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpo, "verify", lambda answer, gold: zlib.crc32(str(answer).encode()) % 2)
-        roots, sampled = tpo.grow(model, tokenizer, problems, c, random.Random(seed))
-    return model, c, roots, sampled
+        patch.setattr(tpo, "judge", by_checksum)
+        roots, sampled = tpo.grow(model, m.tiny_tokenizer(), problems, c, random.Random(0))
+    return model, list(roots.values()), sampled
 
+def upto(root, node):
+    """The trajectory that ends with a node's step."""
+    return m.Trajectory(root.tokens, response=sum((n.tokens for n in node.path()), []))
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sampler", ["ib", "independent", "random", "fixed", "entropy"])
-def test_trees_grow_as_configured(kind, sampler):
-    model, c, roots, sampled = grown(kind, sampler=sampler)
-    assert len(sampled) == 3 * 15 == 3 * c.rollouts and [r.visits for r in roots] == [15] * 3
-    assert sum(t.start > 0 for t in sampled) > 8 or sampler == "independent"
+def leaves(root):
+    return [n for n in root.walk() for _ in range(n.visits) if not n.children]
+
+@each("kind", KINDS)
+@each("sampler", ["ib", "independent", "random", "fixed", "entropy"])
+def test_trees_grow_as_configured_and_record_the_policys_log_probs(kind, sampler):
+    model, roots, sampled = grown(kind, sampler=sampler)
+    assert len(sampled) == 3 * 15 and [root.visits for root in roots] == [15] * 3
+    assert (sampler == "independent") == (sum(t.start > 0 for t in sampled) < 8)
     for t in sampled:
-        logp, entropy = teacher_forced(model, t)  # prefixes from the tree, the rest by reused caches
+        logp, entropy = teacher_forced(model, t)  # prefixes came from the tree
         assert (t.logps - logp).abs().max() < 1e-4 and (t.entropy - entropy).abs().max() < 1e-4
-        assert len(t.response) <= 24 and t.complete == (t.response[-1] == 1) and (t.complete or len(t.response) == 24)
-        assert 1 not in t.response[:-1] and t.memory is None
+        assert t.complete == (t.response[-1] == 1) and 1 not in t.response[:-1]
+        assert len(t.response) == 24 or t.complete and len(t.response) < 24
     for i, root in enumerate(roots):
         own = [t for t in sampled if t.group == i]
-        leaves = [n for n in root.walk() if not n.children]
-        assert sorted([t.response for t in own]) == sorted(sum((n.tokens for n in leaf.path()), [])
-                                                           for leaf in leaves for _ in range(leaf.visits))
+        assert sorted(t.response for t in own) == sorted(upto(root, leaf).response for leaf in leaves(root))
         for node in root.walk()[1:]:  # visits and p̂, counted again from the trajectories
-            prefix = sum((n.tokens for n in node.path()), [])
+            prefix = upto(root, node).response
             through = [t.reward for t in own if t.response[:len(prefix)] == prefix]
-            assert node.visits == len(through) and node.total_reward == sum(through) and node.end == len(prefix)
-            assert len({tuple(c.tokens) for c in node.children}) == len(node.children) and node.memory is None
+            assert (node.visits, node.total_reward, node.end) == (len(through), sum(through), len(prefix))
+            assert len({tuple(child.tokens) for child in node.children}) == len(node.children)
 
-
-@pytest.mark.parametrize("kind", KINDS + ["GPTNeoX"])
-def test_packed_log_probs_are_those_of_one_pass_a_trajectory(kind, monkeypatch):
-    model, c, roots, _ = grown(kind, advantage="gl+ib")
-    for block in (7, 128):
-        monkeypatch.setattr(tpo, "BLOCK", block)
-        packs = [tpo.pack_tree(root, tpo.step_advantages(root, c)) for root in roots]
-        logp, entropy, weights = tpo.tree_logps(model, packs)
-        offset = 0
-        for root, pack in zip(roots, packs):
-            S, A, at = pack["input_ids"].shape[1], tpo.step_advantages(root, c), len(root.tokens)
-            assert S == sum(len(n.tokens) for n in root.walk()) and not weights[0, offset:offset + at].any()
-            for node in root.walk()[1:]:
-                path = node.path()
-                t = m.Trajectory(root.tokens, sum((n.tokens for n in path), []))
-                slow_logp, slow_entropy = teacher_forced(model, t)
-                own, n = slice(offset + at, offset + at + len(node.tokens)), len(node.tokens)
-                assert (logp[0, own] - slow_logp[-n:]).abs().max() < 1e-5
-                assert (entropy[0, own] - slow_entropy[-n:]).abs().max() < 1e-5
-                assert (weights[0, own] == node.visits).all() and pack["input_ids"][0, at:at + n].tolist() == node.tokens
-                assert pack["advantages"][0, at:at + n].allclose(torch.tensor(A[node]))
-                assert pack["logps"][0, at:at + n].equal(node.logps)
-                at += n
-            offset += S
-    # the plain use of what pack_tree returns: transformers with a 4-D mask
-    plain = model(**{k: packs[0][k] for k in ("input_ids", "position_ids", "attention_mask")}).logits.log_softmax(-1)
-    ids, trained = packs[0]["input_ids"][0], packs[0]["weights"][0] > 0
-    slow = plain[0, packs[0]["previous"]].gather(1, ids[:, None])[:, 0]
-    assert (slow - logp[0, :len(ids)])[trained].abs().max() < 1e-5
-
-
-def tree_gradient(model, roots, *flags):
-    grab, reference = Grab(model), small_model(type(model).__name__[:-len("ForCausalLM")], seed=1) if "--kl" in flags else None
-    stats = tpo.update_on_trees(model, grab, roots, tree_config("--max_grad_norm", 1e9, *flags), reference)
-    return grab.grads, stats
-
+# ---- IB-TPO: the packed update against the flat way
 
 def shake(roots):
     """Old log-probs away from the policy's, so that ratios differ from 1 and clipping takes part."""
     torch.manual_seed(5)
-    for node in (n for root in roots for n in root.walk()[1:]):
+    for node in itertools.chain(*(root.walk()[1:] for root in roots)):
         node.logps = node.logps + 0.3 * torch.randn(len(node.logps))
 
+def packed(model, roots, reference, *flags):
+    """Gradients and statistics of the packed update, which takes no step."""
+    grab, c = Grab(model), tree_config("--max_grad_norm", 1e9, *flags)
+    return grab.grads, tpo.update_on_trees(model, grab, roots, c, reference)
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("advantage", ["gl+ib", "gl", "ib"])
-def test_tree_and_flat_updates_have_the_same_gradient(kind, advantage):
-    model, c, roots, _ = grown(kind)
+def flat(model, roots, reference, *flags, outcomes=None):
+    """Loss, gradient and clipped share, slowly: a pass a trajectory, the mean over all their tokens.
+    outcomes: their advantages, in place of the steps'."""
+    c, terms, cut = tree_config(*flags), [], []
+    for root, leaf in ((root, leaf) for root in roots for leaf in leaves(root)):
+        A, t = tpo.step_advantages(root, c), upto(root, leaf)
+        a = torch.cat([torch.full((len(n.tokens),), A[n]) for n in leaf.path()])
+        if outcomes is not None:
+            a = outcomes[len(terms)]
+        logp, _ = teacher_forced(model, t)
+        ratio = teacher_forced(reference, t)[0].detach() - logp
+        r = (logp - torch.cat([n.logps for n in leaf.path()])).exp()
+        bounded = r.clamp(1 - c.clip_low, 1 + c.clip_high)
+        terms.append(c.kl * (ratio.exp() - 1 - ratio) - torch.minimum(r * a, bounded * a))
+        cut.append((r > bounded) & (a > 0) | (r < bounded) & (a < 0))
+    loss = torch.cat(terms).mean()
+    return loss.item(), gradient(loss, model), torch.cat(cut).float().mean().item()
+
+def test_transformers_takes_a_packed_tree_as_it_is():
+    model, roots, _ = grown()
+    pack = tpo.pack_tree(roots[0], tpo.step_advantages(roots[0], tree_config()))
+    ids, mask = pack["input_ids"][None], pack["attention_mask"][None, None]
+    logits = model(input_ids=ids, position_ids=mask[0].sum(-1) - 1, attention_mask=mask).logits[0]
+    logp = logits.log_softmax(-1)[pack["previous"], ids[0]].split([len(n.tokens) for n in roots[0].walk()])
+    for node, own in list(zip(roots[0].walk(), logp))[1:]:
+        assert (own - teacher_forced(model, upto(roots[0], node))[0][-len(own):]).abs().max() < 1e-5
+
+@each("kind", KINDS + ["GPTNeoX"])
+@each("advantage", ["gl+ib", "gl", "ib", "grpo"])
+def test_the_packed_update_is_the_flat_one(kind, advantage):
+    """Loss and gradient, with ratios away from 1, a clip that takes part, and a KL."""
+    (model, roots, _), reference = grown(kind), small_model(kind, seed=1)
+    flags = ["--advantage", advantage, "--kl", 0.1]
     shake(roots)
-    grads, stats = zip(*(tree_gradient(model, roots, "--advantage", advantage, "--update", update, "--micro_tokens", tokens, "--kl", 0.1)
-                         for update, tokens in (("tree", 10 ** 6), ("flat", 10 ** 6), ("tree", 50), ("flat", 50))))
-    for g, s in zip(grads[1:], stats[1:]):
-        assert (g[0] - grads[0][0]).norm() / grads[0][0].norm() < 1e-5
-        assert s["loss"] == pytest.approx(stats[0]["loss"], rel=1e-4) and s["clipped"] == pytest.approx(stats[0]["clipped"], abs=1e-4)
-    assert 0 < stats[0]["clipped"] < 1 and stats[0]["tokens_total"] > 1.2 * stats[0]["tokens_unique"]
+    loss, slow, cut = flat(model, roots, reference, *flags)
+    for tokens in (10 ** 6, 300, 1):
+        grads, stats = packed(model, roots, reference, *flags, "--micro_tokens", tokens)
+        assert far(grads[0], slow) < 1e-5 and stats["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+        assert stats["clipped"] == pytest.approx(cut, abs=1e-4) and 0.05 < cut < 0.95 and stats["kl"] > 0.01
+        assert stats["tokens_trained"] > 1.2 * stats["tokens_unique"]
+    grads, _ = packed(model, roots, reference, *flags, "--updates_per_step", 2)  # each of half of the trees
+    for i in (0, 1):
+        assert far(grads[i], flat(model, roots[i::2], reference, *flags)[1]) < 1e-5
 
+def test_at_ratio_1_gl_on_the_tree_is_grpo_on_its_trajectories(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.double)  # in float32 rounding alone makes 1e-6
+    try:
+        model, roots, _ = grown()
+        groups, rewards = torch.tensor([(i, n.value) for i, root in enumerate(roots) for n in leaves(root)]).T
+        for kind, eps in (("gl", 0.0), ("grpo", 1e-4)):
+            outcomes = m.group_advantages(rewards, groups, eps)
+            _, slow, _ = flat(model, roots, model, "--advantage", kind, outcomes=outcomes)
+            (grad,), stats = packed(model, roots, None, "--advantage", kind)
+            assert far(grad, slow) < 1e-6 and stats["ratio"] == pytest.approx(1, abs=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float)
 
-def test_several_updates_a_step_and_checkpointing_agree_too():
-    model, c, roots, _ = grown(n=4)
-    shake(roots)
-    trees, flats = (tree_gradient(model, roots, "--update", u, "--updates_per_step", 2)[0] for u in ("tree", "flat"))
-    assert len(trees) == len(flats) == 2
-    for a, b in zip(trees, flats):
-        assert (a - b).norm() / b.norm() < 1e-5
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    again = tree_gradient(model, roots, "--gradient_checkpointing", True, "--updates_per_step", 2)[0]
-    assert (again[0] - trees[0]).norm() / trees[0].norm() < 1e-5
-
-
-def test_the_loss_and_gradient_of_a_tree_slowly():
-    """Plain loops over trajectories, one pass each: mean over all their tokens of -min(r A, clip(r) A)."""
-    model, c, roots, sampled = grown()
-    shake(roots)
-    total, tokens = 0.0, 0
-    for root in roots:
-        A = tpo.step_advantages(root, c)
-        for t in [t for t in sampled if roots[t.group] is root]:
-            logp, _ = teacher_forced(model, t)
-            node, at = root, 0
-            while at < len(t.response):
-                node = next(n for n in node.children if n.tokens == t.response[at:at + len(n.tokens)])
-                for j in range(len(node.tokens)):
-                    ratio = (logp[at + j] - node.logps[j]).exp()
-                    total = total - torch.minimum(ratio * A[node], ratio.clamp(0.8, 1.2) * A[node])
-                    tokens += 1
-                at += len(node.tokens)
-    (total / tokens).backward()
-    slow = torch.cat([p.grad.flatten() for p in model.parameters()])
-    model.zero_grad()
-    (grad,), stats = tree_gradient(model, roots)
-    assert (grad - slow).norm() / slow.norm() < 1e-5 and stats["loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
-
-
-def test_at_ratio_1_gl_on_the_tree_is_grpo_on_its_trajectories():
-    model, c, roots, _ = grown()
-    off = ["--clip_low", 1e9, "--clip_high", 1e9]
-    gl, _ = tree_gradient(model, roots, "--advantage", "gl", *off)
-    for update in ("tree", "flat"):
-        grpo, stats = tree_gradient(model, roots, "--advantage", "grpo", "--update", update, *off)
-        assert (gl[0] - grpo[0]).norm() / gl[0].norm() < 1e-6 and stats["ratio"] == pytest.approx(1, abs=1e-5)
-    root = roots[0]  # and by the numbers: outcome advantages through a step sum up to visits · A_GL
-    A, flat = tpo.step_advantages(root, tree_config("--advantage", "gl")), tpo.flatten(root, {}, tree_config("--advantage", "grpo"))
-    for node in root.walk()[1:]:
-        prefix = sum((n.tokens for n in node.path()), [])
-        outcomes = [t.advantage[0].item() for t in flat if t.response[:len(prefix)] == prefix]
-        assert sum(outcomes) == pytest.approx(node.visits * A[node], abs=1e-5)
-
-
-def test_trees_that_teach_nothing_cost_no_forward_pass(monkeypatch):
-    model, c, roots, _ = grown(n=4)
+def test_trees_that_teach_nothing_cost_no_pass(monkeypatch):
+    (model, roots, _), seen, real = grown(n=4), [], tpo.tree_logps
     for node in roots[1].walk():
         node.total_reward = float(node.visits)
     teach = sum(0 < root.value < 1 for root in roots)
-    assert 0 < teach < 4
-    seen, real = [], tpo.tree_logps
     monkeypatch.setattr(tpo, "tree_logps", lambda model, packs: seen.extend(packs) or real(model, packs))
-    tree_gradient(model, roots, "--advantage", "gl")
-    assert len(seen) == teach
-    tree_gradient(model, roots, "--advantage", "gl+ib")  # A_IB is -π/β there
+    packed(model, roots, None, "--advantage", "gl")
+    assert len(seen) == teach and 0 < teach < 4
+    packed(model, roots, None)  # A_IB is -π/β there
     assert len(seen) == teach + 4
+    assert not packed(model, roots[1:2], None, "--advantage", "gl")[0] and len(seen) == teach + 4
 
+# ---- IB-TPO: runs, several processes
 
-@pytest.mark.parametrize("flags", [[], ["--method", "grpo"], ["--update", "flat", "--sampler", "entropy", "--kl", 0.01]])
-def test_ib_tpo_runs_repeat_and_resume(folder, monkeypatch, flags):
-    flags = list(map(str, [*TREES, *flags]))
-    whole = tpo.main([*flags, "--out", "whole"])
-    logged = metrics("whole")
-    assert {"reward", "eff_rate", "entropy", "tokens_sampled", "trajectories", "ib_score", "cov"} <= logged[0].keys()
+def start(script, *flags):
+    return script.main(list(map(str, flags)))
+
+@each("flags", [[], ["--method", "grpo", "--kl", 0.01], ["--sampler", "entropy"]])
+def test_ib_tpo_runs_repeat_and_resume_exactly(rewarded, monkeypatch, flags):
+    whole, logged = start(tpo, *TREES, *flags, "--out", "whole"), metrics("whole")
+    assert {"reward", "eff_rate", "entropy", "tokens_unique", "ib_score", "cov"} < {*logged[0]}
     assert len(logged) == 4 and whole["config"]["advantage"] == ("grpo" if "grpo" in flags else "gl+ib")
-    real = tpo.update_on_trees
-    monkeypatch.setattr(tpo, "update_on_trees", dies_at_call(4, real))
+    assert "--kl" not in flags or logged[0]["kl"] < 1e-6 < logged[-1]["kl"]  # to where the run began
+    calls, real = itertools.count(1), tpo.update_on_trees
+
+    def dies_at_the_fourth(*args):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(tpo, "update_on_trees", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        tpo.main([*flags, "--out", "part"])
-    monkeypatch.setattr(tpo, "update_on_trees", real)
-    resumed = tpo.main([*flags, "--out", "part", "--resume"])
+        start(tpo, *TREES, *flags, "--out", "part")
+    assert metrics("part") == logged[:3] and len(torch.load("part/state.pt")["log"]) == 2
+    resumed = start(tpo, *TREES, *flags, "--out", "part", "--resume")
     assert metrics("part") == logged and resumed["after"] == whole["after"]
 
-
-@pytest.mark.parametrize("flags, message", [
-    (["--tree", 4, 9, 1], "tree must be four numbers"), (["--tree", 0, 9, 1, 1], "tree"), (["--beta", 0], "beta must be above 0"),
-    (["--sampler", "best"], "invalid choice"), (["--delimiter", ""], "delimiter"), (["--trees", 1], "did you mean tree?"),
-    (["--advantage", "grpo", "--updates_per_step", 2], "use --update flat"), (["--max_new_tokens", 9999], "context")])
+@each("flags, message", [
+    (["--tree", 4, 9, 1], "tree"), (["--tree", 0, 9, 1, 1], "tree must be"), (["--trees", 1], "--trees"),
+    (["--beta", 0], "beta"), (["--sampler", "best"], "invalid choice"), (["--delimiter", ""], "delimiter"),
+    (["--max_new_tokens", 9999], "too many for the model")])
 def test_mistakes_with_trees_are_one_line(folder, capsys, flags, message):
-    assert message in refused(capsys, *TREES, *flags, script=tpo)
-    assert not Path("runs").exists() or not list(Path("runs").glob("*/metrics.jsonl"))
+    assert message in refused(capsys, *TREES, *flags, script=tpo) and not list(Path(".").glob("runs/*"))
 
+def test_show_prints_a_tree_a_line_a_node(folder, capsys):
+    start(tpo, *TREES, "--max_steps", 1, "--out", "run")
+    capsys.readouterr()
+    for policy in ([], ["--out", "run"]):
+        root = start(tpo, *TREES, "--show", *policy)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 1 + len(root.walk()) and " J " in lines[1] and " π " in lines[2]
+    assert "nowhere" in refused(capsys, *TREES, "--show", "--out", "nowhere", script=tpo)
 
-@pytest.mark.parametrize("kind, window", [("Qwen2", dict(use_sliding_window=True, max_window_layers=1)), ("Mistral", {})])
-def test_trees_need_full_attention(folder, capsys, kind, window):
-    model = small_model(kind, sliding_window=8, **window)  # Mistral's configuration has no layer_types
-    model.save_pretrained("policy")
-    assert not m.full_attention(model) and all(map(m.full_attention, map(small_model, KINDS)))
-    assert "--method grpo --update flat takes it" in refused(capsys, *TREES, script=tpo)
-    tpo.main(list(map(str, [*TREES, "--method", "grpo", "--update", "flat", "--max_steps", 1])))
+def torchrun(*lines):
+    """Run lines of Python, with this file as t, in two processes; returns what was printed."""
+    Path("two.py").write_text("\n".join([
+        f"import sys, torch\nsys.path.insert(0, {str(HERE)!r})\nimport {Path(__file__).stem} as t", *lines,
+        "torch.distributed.destroy_process_group()"]))
+    how = "-m torch.distributed.run --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:0 two.py"
+    done = subprocess.run([sys.executable, *how.split()], capture_output=True, text=True, timeout=300,
+                          env={"OMP_NUM_THREADS": "1", **os.environ})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
+def gradients_of_both():
+    model, found, share = small_model(), [], slice(m.RANK, None, m.WORLD)
+    begun = prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n") * 5
+    batch = m.sample(model, m.tiny_tokenizer(), begun, config("--max_new_tokens", 15))
+    for t, advantage in zip(batch, torch.randn(15).tolist()):
+        t.advantage, t.logps = advantage, t.logps + 0.3 * torch.randn(len(t.logps))
+    for method in ("iiblpo", "grpo", "entropy_reg"):
+        c = config("--method", method, "--max_grad_norm", 1e9, "--micro_tokens", 100)
+        grab = Grab(model)
+        m.update(model, grab, batch[share], c)
+        found += grab.grads
+    model, roots, _ = grown(n=5)
+    shake(roots)
+    for kl in (0, 0.1):
+        found += packed(model, roots[share], small_model(seed=1), "--micro_tokens", 300, "--kl", kl)[0]
+    return found
 
-def test_the_branching_table(folder, capsys):
-    table = tpo.main(list(map(str, [*TREES, "--branching_table", 6])))
-    assert list(table) == ["independent 2", "independent 4", "random 4", "fixed 4", "entropy 4", "ib 4"]
-    out = capsys.readouterr().out
-    assert "Eff-Rate" in out and all(0 <= row["eff_rate"] <= 1 and row["tokens"] > 0 for row in table.values())
-
-
-# ---- benchmarks: pytest -m benchmark -s -----------------------------------------------------------------------------
-
-
-def median(f, runs=15):
-    """Seconds of f(), median of `runs` after two that do not count."""
-    times = []
-    for _ in range(runs + 2):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[runs // 2]
-
-
-@pytest.mark.benchmark
-@pytest.mark.parametrize("operands, limit, least", [((4, 7), 48, 1.5), ((3, 5), 36, 1 / 0.9)])
-def test_steps_against_trl(tmp_path, monkeypatch, operands, limit, least):
-    """From the same weights, taking turns: a step of TRL's GRPOTrainer (24 prompts x 16 responses, loss_type dapo, beta 0, one
-    batch of 384), of our GRPO on as many, and of IB-TPO on 48 trees of 12, grown in nine rounds and in three."""
-    trl = pytest.importorskip("trl", reason="TRL is not installed here (pip install trl)")
-    from datasets import Dataset
-    flags = ["--operands", *operands, "--max_new_tokens", limit]
-    c = config(*flags, "--method", "grpo", "--prompts_per_step", 24, "--rollouts", 16)
-    model, tokenizer = m.load_policy(config())  # the warm start of the default setting: made once, then found
-    mine = copy.deepcopy(model)
+def test_two_processes_give_the_gradient_of_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    problems, _ = m.load_problems(c)
-    optimizer, rng, seconds = torch.optim.AdamW(mine.parameters(), lr=1e-6), random.Random(0), {}
+    torchrun("torch.distributed.init_process_group('gloo')", "two = t.gradients_of_both()",
+             "if t.m.RANK == 0: torch.save(two, 'two.pt')")
+    for one, two in zip(gradients_of_both(), torch.load("two.pt"), strict=True):
+        assert far(two, one) < 1e-6
+
+def test_two_processes_train_resume_and_show_with_both_scripts(folder):
+    lines = []
+    for script, flags in (("m", "QUICK"), ("tpo", "TREES")):
+        for run in ("a --max_steps 3", "b --max_steps 2", "b --max_steps 3 --resume", "b --show"):
+            lines.append(f"t.start(t.{script}, *t.{flags}, '--out', *'{script}_{run}'.split())")
+    assert torchrun(*lines).count("before, after") == 6  # only the first process speaks
+    for a, b, candidates in (("m_a", "m_b", 4 * 6), ("tpo_a", "tpo_b", 3 * 4)):
+        assert metrics(a) == metrics(b) and len(metrics(a)) == 3
+        assert candidates / 2 < metrics(a)[0]["trajectories"] <= candidates
+        assert Path(a, "samples.jsonl").read_text() == Path(b, "samples.jsonl").read_text()
+        transformers.AutoModelForCausalLM.from_pretrained(b + "/model")
+
+# ---- README
+
+SCRIPTS, README = ("iiblpo.py", "ib_tpo.py"), (HERE / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+def test_the_commands_of_the_readme_parse():
+    text = README.replace("\\\n", " ")
+    for name, value in re.findall(r"\bfor (\w+) in ([^\s;]+)", text):  # a shell loop's first value
+        text = re.sub(rf"\$\{{?{name}\b\}}?", value, text)
+    commands = re.findall(r"python (iiblpo|ib_tpo)\.py([^`\n#|;&>)]*)", text)
+    assert {script for script, _ in commands} == {"iiblpo", "ib_tpo"}
+    for script, flags in commands:
+        if not re.search("[A-Z]{4}|--help", flags):  # FOLDER
+            (config if script == "iiblpo" else tree_config)(*shlex.split(flags))
+
+def test_the_functions_that_the_readme_names_exist():
+    """Those that it links to, and all of a table's column "function"."""
+    named = re.findall(r"\[`([\w.]+)[^`]*`\]\((\w+\.py)(?:#L(\d+))?\)", README)
+    column, missing = 0, []
+    for cells in (row.split("|") for row in README.splitlines()):
+        if " function " in cells:
+            column = cells.index(" function ")
+        elif column < len(cells):
+            named += [(name, "", "") for name in re.findall(r"`([A-Za-z_][\w.]+)", cells[column]) if column]
+        else:
+            column = 0
+    for name, script, line in (link for link in named if link[0] not in SCRIPTS):
+        text = "".join((HERE / file).read_text(encoding="utf-8") for file in SCRIPTS if script in file)
+        found = re.finditer(rf"^ *(def|class) {name.split('.')[-1]}\b|^{name} =", text, re.M)
+        lines = [text.count("\n", 0, x.start()) + 1 for x in found]
+        missing += [(name, script, line, lines)] if not lines or line and int(line) not in lines else []
+    assert len(named) >= 15 and not missing
+
+def test_the_snippets_of_the_readme_run(folder, monkeypatch):
+    """In a folder where each run of the evidence, in runs/ and runs/evidence/, is the same tiny one."""
+    for module in re.findall(r"^\s*(?:import|from) (\w+)", "\n".join(SNIPPETS), re.M):
+        pytest.importorskip(module)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    start(m, *QUICK, "--method", "grpo", "--max_steps", 1, "--out", "runs/run")
+    Path("runs/evidence").symlink_to(".")
+    for name, seed in itertools.product(EVIDENCE, SEEDS):
+        Path(f"runs/{name}-{seed}").symlink_to("run")
+    for snippet in SNIPPETS:
+        exec(snippet, {"__name__": "__main__"})
+    assert "samples.jsonl" in "".join(SNIPPETS)
+
+# ---- benchmarks: pytest -m benchmark -s
+
+benchmark = pytest.mark.benchmark
+SEEDS = range(8)
+EVIDENCE = {  # a name: (script, flags)
+    "grpo": ("iiblpo.py", "--method grpo"), "dapo": ("iiblpo.py", "--method dapo"),
+    "entropy_reg": ("iiblpo.py", "--method entropy_reg --entropy_bonus 0.05"),
+    "iiblpo": ("iiblpo.py", ""), "no_latents": ("iiblpo.py", "--branch_mode random"),
+    "ib_tpo": ("ib_tpo.py", ""), "ib_tpo_grpo": ("ib_tpo.py", "--advantage grpo"),
+    "entropy": ("ib_tpo.py", "--sampler entropy"), "random": ("ib_tpo.py", "--sampler random"),
+    "independent": ("ib_tpo.py", "--sampler independent --rollouts 8")}
+
+def background(script, *flags):
+    return subprocess.Popen([sys.executable, HERE / script, *map(str, flags)], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+def final(out):
+    return json.loads(Path(out, "summary.json").read_text())["after"]
+
+@benchmark
+def test_evidence(monkeypatch):
+    """All variants and seeds, two runs at a time; what is there already is not run again."""
+    monkeypatch.chdir(HERE)
+    m.load_policy(config())  # the warm start, once
+
+    def row(name, seed):
+        (script, flags), out = EVIDENCE[name], Path(f"runs/evidence/{name}-{seed}")
+        if not (out / "summary.json").exists():
+            resume = ["--resume"] * out.exists()
+            assert background(script, *flags.split(), "--seed", seed, "--out", out, *resume).wait() == 0, out
+        return {"name": name, "seed": seed, **final(out)}
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(row, *zip(*itertools.product(EVIDENCE, SEEDS))))
+    table = pandas.DataFrame(rows).set_index(["name", "seed"])[["pass@1", "pass@k", "distinct_correct"]]
+    for title, values in {"": table, ", less grpo's": table.sub(table.loc["grpo"], level="seed")}.items():
+        group = values.groupby("name", sort=False)
+        text = group.mean().map("{:.3f}".format) + group.sem().map(" ± {:.3f}".format)
+        print(f"\nmean ± standard error{title}\n{text.to_string()}")
+
+@benchmark
+def test_where_to_branch():
+    """On 512 problems of the warm start: how many teach, and at what price?"""
+    (model, tokenizer), rows = tpo.load_policy(tree_config()), {}
+    for flags in ("independent --rollouts 8", "independent", "random", "fixed", "entropy", "ib"):
+        c = tree_config("--sampler", *flags.split())
+        problems = tpo.share(tpo.encode(tpo.load_problems(c)[0][:512], model, tokenizer, c))
+        torch.manual_seed(0)
+        log = tpo.rollout_metrics(tpo.grow(model, tokenizer, problems, c, random.Random(0))[1])
+        rows[flags] = [log["eff_rate"], log["reward"], log["tokens_sampled"] / 512]
+    table = pandas.DataFrame(rows, ["Eff-Rate", "Avg-Rate", "tokens"]).T
+    print(table.round(3))
+    assert table["tokens"]["ib"] < table["tokens"]["independent"]
+
+def share_of_valid_lines(t):
+    """Lines of a response that follow from the one before by one reduction."""
+    lines, valid = [t.question.rstrip("="), *t.text.split("\n")], 0
+    for before, line in itertools.pairwise(lines):
+        places = range(1, len(before), 2) if re.fullmatch(r"\d([-+*]\d)*", before) else []
+        valid += line == "#" + before or line in [m.reduce_at(before, i) for i in places]
+    return valid / (len(lines) - 1)
+
+@benchmark
+def test_latents_change_what_is_done_next_and_leave_it_right():
+    c = config("--branches", 8)
+    torch.manual_seed(0)
+    model, tokenizer = m.load_policy(c)
+    problems, heldout = (m.encode(side, model, tokenizer, c) for side in m.load_problems(c))
+    cvae, psa = latents = m.prepare(model, c)
+    print("\n", m.train_latents(model, tokenizer, latents, problems, c))
+    parents = m.sample(model, tokenizer, m.share(heldout[:96]), c)
+    found = [m.branch(model, tokenizer, used, parents, c) for used in (latents, [])]
+    steered, bare = (sum(map(share_of_valid_lines, branches)) / len(branches) for branches in found)
+    variation, prefixes = 0.0, m.prefixes_to_branch(parents, c)
+    for t, z in zip(prefixes, cvae.sample(m.features(model, prefixes)[0], 2)):
+        ids = torch.tensor([t.prompt + t.response] * 2)
+        with torch.no_grad(), psa.steer(z, torch.full((2,), ids.shape[1] - 1)):
+            p, q = model(ids).logits[:, -1].softmax(-1)
+        variation += (p - q).abs().sum().item() / 2 / len(prefixes)
+    print(f"valid lines {steered:.3f}, without latents {bare:.3f}; total variation at t* {variation:.3f}")
+    assert variation >= 0.05 and steered >= bare - 0.1
+
+@benchmark
+def test_steps_against_trl(tmp_path, monkeypatch):
+    """From the same weights, in turns: TRL's GRPO and ours on 24 x 16 responses, IB-TPO on 48 trees of 12."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed here (pip install trl)")
+    c = config("--method", "grpo", "--rollouts", 16, "--prompts_per_step", 24)
+    trees = tree_config("--tree", 4, 3, 4, 1)
+    model, tokenizer = m.load_policy(c)
+    ours, pairs = copy.deepcopy(model), m.load_problems(c)[0]
+    problems, rng = m.encode(pairs, ours, tokenizer, c), random.Random(0)
+    optimizer, seconds = torch.optim.AdamW(ours.parameters(), lr=1e-6), []
+    monkeypatch.chdir(tmp_path)
 
     def grpo():
-        batch = m.collect(mine, tokenizer, None, None, problems, c, rng)[0]
-        return time.perf_counter(), m.update(mine, optimizer, batch, c)
+        candidates, kept = m.baseline_rollouts(ours, tokenizer, rng.sample(problems, 24), c)
+        m.set_advantages(candidates, kept)
+        m.update(ours, optimizer, kept, c)
 
-    def ib_tpo(*tree):
-        t = tree_config(*flags, "--tree", *tree)
-        roots, _ = tpo.grow(mine, tokenizer, rng.sample(problems, 48), t, rng)
-        return time.perf_counter(), tpo.update_on_trees(mine, optimizer, roots, t)
+    def ib_tpo():
+        roots, _ = tpo.grow(ours, tokenizer, tpo.share(rng.sample(problems, 48)), trees, rng)
+        tpo.update_on_trees(ours, optimizer, list(roots.values()), trees)
 
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            self.start = time.perf_counter()
+            self.began = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
-            seconds.setdefault("TRL", []).append((time.perf_counter() - self.start, math.nan))
-            for name, step in {"GRPO": grpo, "IB-TPO (4, 9, 1, 1)": lambda: ib_tpo(4, 9, 1, 1),
-                               "IB-TPO (4, 3, 4, 1)": lambda: ib_tpo(4, 3, 4, 1)}.items():
-                start = time.perf_counter()
-                sampled, _ = step()
-                seconds.setdefault(name, []).append((time.perf_counter() - start, sampled - start))
+            times = [self.began, time.perf_counter()]
+            for step in (grpo, ib_tpo):
+                step()
+                times.append(time.perf_counter())
+            seconds.append([after - before for before, after in itertools.pairwise(times)])
 
-    arguments = trl.GRPOConfig(
-        output_dir="trl", per_device_train_batch_size=384, num_generations=16, max_completion_length=limit, learning_rate=1e-6,
-        loss_type="dapo", beta=0.0, temperature=1.0, top_k=0, max_steps=17, use_cpu=True, bf16=False, report_to=[],
-        gradient_checkpointing=False, save_strategy="no", logging_steps=100, disable_tqdm=True)
-    trl.GRPOTrainer(model=model, args=arguments, processing_class=tokenizer, callbacks=[Turns()],
-                    reward_funcs=lambda completions, gold, **_: [float(m.verify(m.extract_answer(t), g)) for t, g in zip(completions, gold)],
-                    train_dataset=Dataset.from_list([{"prompt": q + "\n", "gold": a} for q, a in problems])).train()
-    rate = {}
-    print(f"\n{operands} operands, medians of 15 steps")
-    for name, times in seconds.items():
-        step, rollout = (sorted(x)[7] for x in zip(*times[2:]))
-        rate[name] = (576 if name.startswith("IB") else 384) / step
-        print(f"{name}: {step:.2f} s, of which {rollout:.2f} s sample; {rate[name] / rate['TRL']:.2f} x TRL's trained trajectories a second")
-    assert rate["GRPO"] >= least * rate["TRL"] and rate["IB-TPO (4, 3, 4, 1)"] >= 1.8 * rate["TRL"]
-
-
-MEMORY = """
-import re, sys, torch, transformers, iiblpo as m
-model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=151_936, hidden_size=128, intermediate_size=256,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, bos_token_id=None, pad_token_id=0)).eval()
-recorder = m.Recorder()
-out = model.generate(torch.ones(16, 32, dtype=torch.long), max_new_tokens=64, do_sample=True, top_k=0,
-                     logits_processor=[recorder] if sys.argv[1] == "recorded" else [])
-if sys.argv[1] == "recorded":
-    assert [x.shape for x in recorder.finish(out[:, 32:])] == [(16, 64)] * 2
-print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # ru_maxrss would be at least the parent's
-"""
-
-
-@pytest.mark.benchmark
-def test_recording_costs_little_memory():
-    """Peak memory of a process that samples B = 16, T = 64 at V = 151,936, with and without the recorder (Linux)."""
-    peak = {how: sorted(int(subprocess.run([sys.executable, "-c", MEMORY, how], capture_output=True, text=True, check=True,
-                                           cwd=HERE).stdout) for _ in range(3))[1] for how in ("bare", "recorded")}
-    print(f"\nrecorded {peak['recorded'] / 1024:.0f} MiB, bare {peak['bare'] / 1024:.0f} MiB, {peak['recorded'] / peak['bare'] - 1:+.1%}")
-    assert peak["recorded"] < 1.05 * peak["bare"]
-
-
-@pytest.mark.benchmark
-def test_branching_from_the_cache_against_prefilling_again():
-    """1,024-token prefixes, 6 layers 256 wide, 8 prompts x 4 branches x 32 new tokens."""
-    model = small_model(hidden_size=256, intermediate_size=768, num_hidden_layers=6, head_dim=64, max_position_embeddings=2048,
-                        initializer_range=0.02)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=99, pad_token_id=0)  # no response ends by itself
-    c, psa, _ = steered(model, "--max_new_tokens", 768, "--generate_tokens", 10 ** 9)
-    tokenizer = m.tiny_tokenizer()
-    prompts = [m.Trajectory([2 + (i * j) % 15 for j in range(1, 257)]) for i in range(1, 9)]
-    parents = m.sample(model, tokenizer, prompts, c, keep=True)
-    c.max_new_tokens = 800
-    starts = [replace(t, z=torch.randn(4)) for t in parents for _ in range(4)]
-
-    def run(again):
-        torch.manual_seed(0)
-        return m.sample(model, tokenizer, [replace(s, memory=None if again else s.memory) for s in starts], c,
-                        steer=lambda b: psa.steer(model, b, decoding=True))
-
-    assert [t.response for t in run(True)] == [t.response for t in run(False)]
-    reuse, prefill = median(lambda: run(False), 5), median(lambda: run(True), 5)
-    print(f"\ncache reused {reuse:.2f} s, prefilled again {prefill:.2f} s, ratio {prefill / reuse:.2f}")
-    assert prefill / reuse >= 2
-
-
-@pytest.mark.benchmark
-def test_200_000_hostile_strings():
-    seconds = fuzz(200_000, seed=1)
-    print(f"\n{len(seconds)} strings: median {1e3 * seconds[len(seconds) // 2]:.2f} ms, 99.9 % {1e3 * seconds[int(0.999 * len(seconds))]:.1f} ms, "
-          f"worst {1e3 * seconds[-1]:.0f} ms")
-    assert seconds[-1] < 1 and seconds[int(0.999 * len(seconds))] < 0.05
-
-
-@pytest.mark.benchmark
-def test_tree_update_against_flat():
-    """Trees of the paper's shape (4, 9, 1, 1), a random node branched each time, responses of 16 steps, 6 layers 256 wide."""
-    print()
-    for length in (128, 256, 512):
-        model, rng = small_model(hidden_size=256, intermediate_size=768, num_hidden_layers=6, head_dim=64, max_position_embeddings=2048,
-                                 initializer_range=0.02), random.Random(0)
-        roots = []
-        for _ in range(4):
-            root = tpo.Node([2] * 64)
-            for i in range(12):
-                nodes = [n for n in root.walk() if n.children]
-                path = (rng.choice(nodes) if i >= 4 else root).path()
-                steps = [n.tokens for n in path] + [[rng.randrange(2, 16) for _ in range(length // 16)] for _ in range(16 - len(path))]
-                tpo.insert(root, steps, [torch.full((len(s),), -2.8) for s in steps], float(i % 2))
-            roots.append(root)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-        tree, flat = (median(lambda: tpo.update_on_trees(model, optimizer, roots, tree_config("--update", u, "--kl", 0)), 3)
-                      for u in ("tree", "flat"))
-        stats = tpo.update_on_trees(model, optimizer, roots, tree_config("--kl", 0))
-        print(f"{length} tokens a response: tree {tree:.2f} s, flat {flat:.2f} s, ratio {flat / tree:.2f}; "
-              f"total over unique tokens {stats['tokens_total'] / stats['tokens_unique']:.2f}")
-        assert flat / tree >= 1.3 or length != 512
-
-
-@pytest.mark.benchmark
-def test_signal_of_a_step(monkeypatch):
-    """How much of a step's gradient is signal, at the warm start, with the default settings: its cosine with the gradient of the
-    mean reward (of 48 steps' independent responses, R - mean as advantage), and |E g|² / tr Var(g), over 16 steps."""
-    steps = 16
-    model, tokenizer = m.load_policy(config())
-    problems, _ = m.load_problems(config())
-    cvae = m.LatentCVAE(model.config.hidden_size, config().z_dim)
-    torch.manual_seed(0)
-    m.train_cvae(cvae, model, m.cvae_pairs(model, tokenizer, problems, config(), random.Random(0)), config())
-    psa = m.PseudoSelfAttention(model, config())
-
-    def branches(*flags):
-        c, grab = config("--max_grad_norm", 1e9, *flags), Grab(model)
-        parts = (None, None) if "random" in flags or "grpo" in flags else (psa, cvae)
-        batch, metrics = m.collect(model, tokenizer, *parts, problems, c, rng)
-        m.update(model, grab, batch, c, None, parts[0])
-        return grab.grads[0], metrics["tokens_sampled"]
-
-    def trees(*flags):
-        c, grab = tree_config("--max_grad_norm", 1e9, *flags), Grab(model)
-        roots, trajectories = tpo.grow(model, tokenizer, rng.sample(problems, 48), c, rng)
-        tpo.update_on_trees(model, grab, roots, c)
-        return grab.grads[0], sum(len(t.response) - t.start for t in trajectories)
-
-    rng = random.Random(1)
-    with monkeypatch.context() as patch:
-        patch.setattr(m, "group_advantages", lambda R, groups: R - torch.stack([R[groups == g].mean() for g in groups]))
-        rewards = torch.stack([branches("--method", "grpo")[0] for _ in range(3 * steps)])
-    halves = F.cosine_similarity(rewards[::2].mean(0), rewards[1::2].mean(0), 0).item()
-    print(f"\ncosine between two halves of the reference {halves:.2f}\n{'':44}tokens   cosine           signal/noise   per 10,000 tokens")
-    variants = [(branches, "--method", "grpo"), (branches,), (branches, "--initial", 2, "--branches", 3), (branches, "--keep", 4),
-                (branches, "--credit", "own"), (branches, "--branch_mode", "random"), (trees,), (trees, "--sampler", "random"),
-                (trees, "--sampler", "fixed"), (trees, "--sampler", "entropy"), (trees, "--tree", 4, 3, 4, 1), (trees, "--lam", 1),
-                (trees, "--lam", 1, "--beta", 50)]
-    for kind, *flags in variants:
-        torch.manual_seed(0)
-        rng = random.Random(0)
-        gradients, tokens = zip(*(kind(*flags) for _ in range(steps)))
-        g, reference = torch.stack(gradients), rewards.mean(0)
-        cosine, noise = F.cosine_similarity(g, reference[None]), g.var(0).sum()
-        ratio = (g.mean(0).square().sum() / noise - 1 / steps).item()
-        mean = sum(tokens) / steps
-        name = "grpo" if "grpo" in flags else " ".join(map(str, ["iiblpo" if kind is branches else "ib_tpo", *flags]))
-        print(f"{name:44}{mean:6.0f}   {cosine.mean():.3f} ± {cosine.std() / steps ** 0.5:.3f}{ratio:14.3f}{1e4 * ratio / mean:16.3f}", flush=True)
-        assert cosine.mean() > 0
-    assert halves > 0.5
-
-
-@pytest.mark.benchmark
-def test_growth_of_a_step():
-    """Seconds of a rollout and of an update over trajectories, response length and width: 12 responses a prompt apart, and as
-    a tree that branches at random nodes. 3 layers; responses run to the limit, a step has 18 tokens in the mean."""
-    print("\ntrajectories  tokens  width | rollout: apart  tree | update: flat  tree | total/unique tokens")
-    tokenizer, problem, seconds = m.tiny_tokenizer(), ("3+4*2=", "1"), {}
-    sizes = [(96, 64, 128), (192, 64, 128), (384, 64, 128), (768, 64, 128), (192, 32, 128), (192, 128, 128), (192, 256, 128),
-             (192, 64, 256), (192, 64, 512)]
-    for trajectories, length, width in sizes:
-        model = small_model(hidden_size=width, intermediate_size=3 * width, head_dim=width // 4, max_position_embeddings=512,
-                            initializer_range=0.02)
-        model.generation_config = transformers.GenerationConfig(eos_token_id=99, pad_token_id=0)  # no response ends by itself
-        optimizer, row = torch.optim.AdamW(model.parameters(), lr=0.0), []
-        kinds = [tree_config("--max_new_tokens", length, "--sampler", sampler, "--update", update)
-                 for sampler, update in (("independent", "flat"), ("random", "flat"), ("random", "tree"))]
-        for c in kinds[0], kinds[2]:
-            row.append(median(lambda: tpo.grow(model, tokenizer, [problem] * (trajectories // 12), c, random.Random(0)), 3))
-        roots, _ = tpo.grow(model, tokenizer, [problem] * (trajectories // 12), kinds[2], random.Random(0))
-        for c in kinds[1:]:
-            row.append(median(lambda: tpo.update_on_trees(model, optimizer, roots, c), 3))
-        stats = tpo.update_on_trees(model, optimizer, roots, kinds[2])
-        seconds[trajectories, length, width] = row
-        print("{:12} {:7} {:6} | {:14.2f} {:5.2f} | {:12.2f} {:5.2f} | {:.2f}".format(
-            trajectories, length, width, *row, stats["tokens_total"] / stats["tokens_unique"]), flush=True)
-    for small, large in itertools.pairwise(sizes[:4]):  # nothing grows faster than the number of trajectories
-        assert all(b < 2.5 * a for a, b in zip(seconds[small], seconds[large]))
-
-
-@pytest.mark.benchmark
-@pytest.mark.parametrize("script", ["iiblpo.py", "ib_tpo.py"])
-def test_twenty_kills_lose_nothing(folder, script):
-    """kill -9 at random moments of a whole run, warm start included; each resume goes on to the very numbers of a whole run."""
-    flags = ["--config", HERE / "tiny_config.yaml", *(QUICK if script == "iiblpo.py" else TREES)[4:], "--warm_steps", 60, "--warm_batch", 16,
-             "--max_steps", 8, "--save_every", 2]
-    start = time.time()
-    assert start_run(script, *flags, "--out", "whole").wait() == 0
-    seconds, rng, moments = time.time() - start, random.Random(0), []
-    for n in range(20):
-        for warm in Path("runs").glob("warm_start_*") if n % 2 else ():
-            m.remove(warm)
-        process = start_run(script, *flags, "--out", f"part{n}")
-        try:
-            process.communicate(timeout=rng.uniform(0.2, 1) * seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        out = Path(f"part{n}")
-        moments.append("before it began" if not out.exists() else "before its first checkpoint" if not (out / "state.pt").exists() else
-                       f"after step {torch.load(out / 'state.pt')['step']}" if not (out / "summary.json").exists() else "at its end")
-        again = start_run(script, *flags, "--out", out, *(["--resume"] if out.exists() else []))
-        assert again.wait() == 0, again.stderr.read()
-        assert metrics(out) == metrics("whole") and not list(out.glob("*.tmp"))
-        assert json.loads((out / "summary.json").read_text())["after"] == json.loads(Path("whole/summary.json").read_text())["after"]
-    print(f"\n{script}, killed {', '.join(f'{moments.count(x)} x {x}' for x in sorted(set(moments)))}")
-
+    trl.GRPOTrainer(
+        model, lambda completions, gold, **_: [m.extract_answer(t) == a for t, a in zip(completions, gold)],
+        trl.GRPOConfig("trl", per_device_train_batch_size=384, num_generations=16, max_completion_length=48,
+                       max_steps=17, learning_rate=1e-6, loss_type="dapo", beta=0.0, temperature=1.0, top_k=0,
+                       use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no"),
+        datasets.Dataset.from_list([{"prompt": q + "\n", "gold": gold} for q, gold in pairs]),
+        processing_class=tokenizer, callbacks=[Turns()]).train()
+    times = pandas.DataFrame(seconds, columns=["TRL", "GRPO", "IB-TPO"])[2:].median()
+    rate = pandas.Series({"TRL": 384, "GRPO": 384, "IB-TPO": 576}) / times
+    print(f"\nseconds\n{times}\ntrajectories a second, to TRL's\n{rate / rate['TRL']}")
+    assert rate["GRPO"] >= 1.5 * rate["TRL"] and rate["IB-TPO"] >= 1.8 * rate["TRL"]
 
 STEP_MEMORY = """
 import re, sys, torch, transformers, iiblpo as m
-sys.argv, tokens = sys.argv[:1], int(sys.argv[1])
-torch.manual_seed(0)
 model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-    vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-    tie_word_embeddings=True))
-config = m.parse_config(m.Config, "iiblpo", ["--model", "x", "--micro_tokens", str(tokens), "--method", "grpo"])
-T = 256
-batch = [m.Trajectory([5] * 8, [7 + i] * (T - 8), logps=torch.full((T - 8,), -12.0), advantage=1.0) for i in range(tokens // T)]
-optimizer = torch.optim.AdamW([{"params": list(model.parameters())}], lr=1e-6)
+    vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+    num_key_value_heads=2, tie_word_embeddings=True))
+config = m.parse_config("iiblpo", ["--model", "x", "--micro_tokens", sys.argv[1], "--method", "grpo"])
+batch = [m.Trajectory([5] * 8, response=[7 + i] * 248, logps=torch.full((248,), -12.0), advantage=1.0)
+         for i in range(int(sys.argv[1]) // 256)]
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 for _ in range(2):  # from the second on Adam's moments are there, too
     m.update(model, optimizer, batch, config)
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
 
+@benchmark
+def test_memory_of_an_update_of_half_a_billion_parameters():
+    """A random Qwen2.5-0.5B in fp32 on the CPU: two sizes of a micro-batch, and the line through them."""
+    small, large = (int(subprocess.check_output([sys.executable, "-c", STEP_MEMORY, n], cwd=HERE)) / 2 ** 20
+                    for n in ("512", "1536"))
+    whole = small + (large - small) / 1024 * (config("--model", "x").micro_tokens - 512)
+    print(f"\n{small:.1f} GiB with 512 tokens, {large:.1f} with 1,536: {whole:.1f} at micro_tokens")
+    assert whole <= 19
 
-@pytest.mark.benchmark
-def test_memory_of_a_step_of_half_a_billion_parameters():
-    """The update of a random Qwen2.5-0.5B in fp32 on the CPU, at two sizes of a micro-batch, and the line through them."""
-    peak = {n: int(subprocess.run([sys.executable, "-c", STEP_MEMORY, str(n)], capture_output=True, text=True, check=True,
-                                  cwd=HERE).stdout) / 2 ** 20 for n in (512, 1536)}
-    slope = (peak[1536] - peak[512]) / 1024
-    default = m.parse_config(m.Config, "iiblpo", ["--model", "x"]).micro_tokens
-    whole = peak[512] + slope * (default - 512)
-    print(f"\nfp32: {peak[512]:.1f} GiB at 512 tokens, {peak[1536]:.1f} GiB at 1,536: {1024 * slope:.2f} MiB a token; at the default "
-          f"micro_tokens {default}: {whole:.1f} GiB")
-    assert whole < 24
+@benchmark
+@each("script, flags", list(zip(SCRIPTS, (QUICK, TREES))), ids=SCRIPTS)
+def test_twenty_kills_lose_nothing(folder, script, flags):
+    """kill -9 at random moments of a run, warm start included; resumed, it ends in the same numbers."""
+    flags = [*flags, "--model", "tiny", "--warm_steps", 60, "--max_steps", 8]
+    began, rng = time.time(), random.Random(0)
+    assert background(script, *flags, "--out", "whole").wait() == 0
+    seconds = time.time() - began
+    for out in map("part{}".format, range(20)):
+        if rng.random() < 0.5:
+            shutil.rmtree("runs", ignore_errors=True)
+        process = background(script, *flags, "--out", out)
+        time.sleep(rng.uniform(0.2, 1) * seconds)
+        process.kill()
+        process.wait()
+        assert background(script, *flags, "--out", out, *["--resume"] * Path(out).exists()).wait() == 0
+        assert metrics(out) == metrics("whole") and final(out) == final("whole")
