@@ -8,8 +8,8 @@
     python ib_tpo.py --sampler entropy --advantage gl        # an ablation; settings are flags
     python ib_tpo.py --model Qwen2.5-0.5B --dataset gsm8k    # a real model, on one GPU
 
-Left out: vLLM, sharding, rewards other than right or wrong, the paper's top-p 0.95 and temperature
-0.7 (what is recorded is then the sampling distribution). Ours beyond the paper: the packed update.
+Left out: vLLM, sharding, rewards other than right or wrong, and the paper's top-p 0.95 and
+temperature 0.7 (so that what is recorded is the sampling distribution). Ours: the packed update.
 
 Marks: [P] the paper, [O] our own choice; no code is released. Shapes: B rows, T response tokens,
 S tokens of a packed tree, V vocabulary, H width. Entropies and log-probabilities are in nats.
@@ -86,7 +86,7 @@ class Config:
         "ib", "where to branch: highest IB-Score, anywhere, everywhere once, entropy, nowhere")
     rollouts: int = setting(0, "responses a prompt of the independent sampler; 0: as a tree has")
     max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x columns of one generate call")
+    generate_tokens: int = setting(131072, "rows x columns to come of one generate call")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer")
     # update
@@ -521,8 +521,9 @@ def sample(model, tokenizer, begun, config, greedy=False, steer=None):
         return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
 
     results = list(begun)
-    longest = [len(t.prompt) + config.max_new_tokens for t in begun]
-    for rows in micro_batches(longest, config.generate_tokens):
+    # those that may go on for long share a call: it lasts as long as its longest
+    lengths = [len(t.prompt) + config.max_new_tokens - len(t.response) for t in begun]
+    for rows in micro_batches(lengths, config.generate_tokens):
         ids = {"input_ids": [begun[row].prompt + begun[row].response for row in rows]}
         inputs = tokenizer.pad(ids, return_tensors="pt").to(DEVICE)  # on the left
         width = inputs["input_ids"].shape[1]

@@ -85,7 +85,7 @@ class Config:
     prompts_per_step: int = setting(16, "prompts a step")
     rollouts: int = setting(8, "responses a prompt of the baselines, and everyone's budget")
     max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x columns of one generate call")
+    generate_tokens: int = setting(131072, "rows x columns to come of one generate call")
     # stage 1: branching
     initial: int = setting(2, "M: rollouts a prompt before branching")
     branches: int = setting(3, "K: branches of each rollout")
@@ -777,8 +777,9 @@ def sample(model, tokenizer, begun, config, greedy=False, steer=None):
         return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
 
     results = list(begun)
-    longest = [len(t.prompt) + config.max_new_tokens for t in begun]
-    for rows in micro_batches(longest, config.generate_tokens):
+    # those that may go on for long share a call: it lasts as long as its longest
+    lengths = [len(t.prompt) + config.max_new_tokens - len(t.response) for t in begun]
+    for rows in micro_batches(lengths, config.generate_tokens):
         ids = {"input_ids": [begun[row].prompt + begun[row].response for row in rows]}
         inputs = tokenizer.pad(ids, return_tensors="pt").to(DEVICE)  # on the left
         width = inputs["input_ids"].shape[1]

@@ -1,7 +1,7 @@
 """Tests of iiblpo.py and ib_tpo.py: values worked by hand, independent slow versions, faults."""
 import ast
+import copy
 import inspect
-import functools
 import itertools
 import json
 import math
@@ -10,18 +10,21 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import unicodedata
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import datasets
 import mpmath
+import pandas
 import pytest
 import torch
 import transformers
