@@ -1011,8 +1011,9 @@ def encode(pairs, model, tokenizer, config):
     problems = []
     for question, gold in pairs:
         text = config.prompt.replace("{question}", question)
-        ids = tokenizer(text).input_ids
-        if tokenizer.chat_template:
+        if not tokenizer.chat_template:
+            ids = tokenizer(text).input_ids
+        else:
             try:
                 ids = tokenizer.apply_chat_template([{"role": "user", "content": text}],
                                                     add_generation_prompt=True, return_dict=False)

@@ -41,7 +41,7 @@ KINDS = ["Qwen2", "Qwen3", "Llama"]
 # aimed at: 1,100 and 900 lines, 52,000 and 43,000 bytes, functions of 40 lines
 BUDGET = {"columns": 100, "function_lines": 56, "iiblpo.py": (1380, 72500), "ib_tpo.py": (1130, 58000)}
 each = pytest.mark.parametrize
-SCRIPTS = ["iiblpo.py", "ib_tpo.py"]
+SCRIPTS = ("iiblpo.py", "ib_tpo.py")
 benchmark = pytest.mark.benchmark
 seed = torch.manual_seed
 
@@ -1542,7 +1542,7 @@ def test_two_processes_train_resume_and_show_with_both_scripts(folder):
 
 # ---- README
 
-SCRIPTS, README = ("iiblpo.py", "ib_tpo.py"), (HERE / "README.md").read_text(encoding="utf-8")
+README = (HERE / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 def test_the_commands_of_the_readme_parse():
@@ -1588,7 +1588,6 @@ def test_the_snippets_of_the_readme_run(folder, monkeypatch):
 
 # ---- benchmarks: pytest -m benchmark -s
 
-benchmark = pytest.mark.benchmark
 SEEDS = range(8)
 EVIDENCE = {  # a name: (script, flags)
     "grpo": ("iiblpo.py", "--method grpo"), "dapo": ("iiblpo.py", "--method dapo"),
