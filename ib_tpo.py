@@ -20,7 +20,6 @@ import ast
 import contextlib
 import copy
 import functools
-import inspect
 import json
 import math
 import operator
@@ -93,7 +92,6 @@ class Config:
     advantage: Literal["gl+ib", "gl", "ib", "grpo"] = setting("gl+ib", "A_GL + lam A_IB, or less")
     lam: float = setting(0.1, "lambda: weight of A_IB")
     lr: float = setting(1e-6, "AdamW's learning rate")
-    lr_warmup: int = setting(5, "steps of linear learning-rate warm-up")
     updates_per_step: int = setting(1, "optimizer steps a batch")
     clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
     clip_high: float = setting(0.2, "... 1 + clip_high]")
@@ -103,6 +101,7 @@ class Config:
     # evaluation
     eval_prompts: int = setting(256, "held-out problems")
     eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
+    eval_every: int = setting(0, "steps between further evaluations; 0: before and after only")
 
     def check(self) -> None:
         """What the method implies, and what else must hold."""
@@ -131,6 +130,11 @@ class Trajectory:
     def __len__(self):
         return len(self.prompt) + len(self.response)
 
+
+# ==== IBTree: steps and how they grow =============================================================
+#   p̂(a*|s) = mean reward of the trajectories through step s                                    [P]
+#   B₀ rollouts, then L - 1 rounds: B continuations of each of the K nodes of highest IB-Score   [P]
+#   G = B₀ + (L - 1) K B trajectories a tree
 
 @dataclass(eq=False)
 class Node:
@@ -166,23 +170,18 @@ class Node:
             nodes += child.walk()
         return nodes
 
-
-# ==== IBTree: steps and how they grow =============================================================
-#   p̂(a*|s) = mean reward of the trajectories through step s                                    [P]
-#   B₀ rollouts, then L - 1 rounds: B continuations of each of the K nodes of highest IB-Score   [P]
-#   G = B₀ + (L - 1) K B trajectories a tree
-
 def split_steps(token_ids, tokenizer, delimiter):
     """The steps s_1 ... s_n of a response, lists of tokens: each ends with the token that completes
     a delimiter [P: "\\n\\n"], the last holds the rest. "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
     """
+    texts = {token: tokenizer.decode(token, skip_special_tokens=True) for token in set(token_ids)}
     steps, text = [], delimiter
     for token in token_ids:
         if delimiter in text:
             steps.append([])
             text = ""
         steps[-1].append(token)
-        text += tokenizer.decode([token], skip_special_tokens=True)
+        text += texts[token]
     return steps
 
 def insert(root, steps, step_logps, reward, step_entropy=None):
@@ -301,16 +300,11 @@ def step_advantages(root, config):
     result = {}
     std = math.sqrt(root.value * (1 - root.value))  # of rewards 0 and 1
     for node in root.walk()[1:]:
-        global_local = (node.value - root.value) / std if std > 0 else 0.0
+        global_local = (node.value - root.value) / max(std, 1e-9)
         bottleneck = information_gain(node, config.beta) * node.confidence
-        if config.advantage == "grpo":
-            result[node] = (node.value - root.value) / (std + 1e-4)
-        elif config.advantage == "gl":
-            result[node] = global_local
-        elif config.advantage == "ib":
-            result[node] = bottleneck
-        else:
-            result[node] = global_local + config.lam * bottleneck
+        kinds = {"gl+ib": global_local + config.lam * bottleneck, "gl": global_local,
+                 "ib": bottleneck, "grpo": (node.value - root.value) / (std + 1e-4)}
+        result[node] = kinds[config.advantage]
     return result
 
 def group_advantages(rewards, groups, eps=1e-4):
@@ -434,12 +428,6 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
 
 # ==== The training step ===========================================================================
 
-def prepare(model, config):
-    """The reference policy of the KL, or nothing without one."""
-    if config.kl == 0:
-        return torch.nn.ModuleList()
-    return copy.deepcopy(model).requires_grad_(False)
-
 def training_step(model, tokenizer, optimizer, reference, problems, config, step):
     """One step of the method; returns its line of metrics.jsonl."""
     # 1. random numbers of the step's own, so that a resumed run has the very same ones
@@ -463,6 +451,16 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
                "rollout_s": grown - began, "update_s": time.time() - grown}
     return rollout_metrics(trajectories) | stats | metrics
 
+
+# ==================================================================================================
+# What only IB-TPO needs
+
+def prepare(model, config):
+    """The reference policy of the KL, or nothing without one."""
+    if config.kl == 0:
+        return torch.nn.ModuleList()
+    return copy.deepcopy(model).requires_grad_(False)
+
 def show(config):
     """Print the tree of a held-out problem, by the policy of the run `out` or at the start."""
     model, tokenizer = load_policy(config)
@@ -485,6 +483,7 @@ def show(config):
         print(f"{line:36}" + "  " * min(len(node.path()), 20) + text)
     return root
 
+
 # ==== Supporting code, which any RLVR script needs: the same words in both scripts ================
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
@@ -492,9 +491,11 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 QUIET = True if RANK else None  # for tqdm; None: a bar where there is a terminal
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOGITS = 2 ** 25  # logits held at a time
-MAY_BE_0 = "max_tokens seed rollouts psa_layers psa_decay_steps cvae_refresh keep".split()
-AT_MOST = {"lr": 1, "habit": 1, "top_frac": 1, "clip_low": 1, "operands": 12, "z_dim": 4096}
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}
+MAY_BE_0 = ["max_tokens", "seed", "rollouts", "eval_every", "psa_layers", "psa_decay_steps",
+            "cvae_refresh", "keep"]
+AT_MOST = {"lr": 1, "habit": 1, "top_frac": 1, "clip_low": 1, "operands": 12, "z_dim": 4096}
 autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
 
@@ -511,35 +512,32 @@ def sample(model, tokenizer, begun, config, greedy=False, steer=None):
     column): a context manager for going on from those rows of begun, behind that column.
     """
     def draw(_, logits):  # the next token is drawn and noted here; `generate` is left no choice
-        if not logits.isfinite().all():
-            raise FloatingPointError("the policy's logits are not finite")
         logp = logits.log_softmax(-1)
-        token = torch.multinomial(logp.exp(), 1)
-        if greedy:
-            token = logp.argmax(-1, keepdim=True)
+        token = logp.argmax(-1, keepdim=True)
+        if not greedy:
+            token = torch.multinomial(logp.exp(), 1)
         noted.append(torch.cat([logp.gather(1, token), token_entropy(logits)[:, None]], 1))
         return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
 
     results = list(begun)
-    # those that may go on for long share a call: it lasts as long as its longest
-    lengths = [len(t.prompt) + config.max_new_tokens - len(t.response) for t in begun]
-    for rows in micro_batches(lengths, config.generate_tokens):
-        ids = {"input_ids": [begun[row].prompt + begun[row].response for row in rows]}
-        inputs = tokenizer.pad(ids, return_tensors="pt").to(DEVICE)  # on the left
-        width = inputs["input_ids"].shape[1]
-        room = config.max_new_tokens - min(len(begun[row].response) for row in rows)
-        noted = []  # ln π and H, [B, 2] a token
+    room = [config.max_new_tokens - len(t.response) for t in begun]
+    # rows that may go on for long share a call: it lasts as long as its longest
+    longest = [len(t.prompt) + n for t, n in zip(begun, room)]
+    for rows in micro_batches(longest, config.generate_tokens):
+        ids = [begun[row].prompt + begun[row].response for row in rows]
+        inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(DEVICE)  # on the left
+        width, noted = inputs["input_ids"].shape[1], []
         with autocast(), steer(rows, width - 1) if steer else contextlib.nullcontext():
-            ids = model.generate(**inputs, max_new_tokens=room, logits_processor=[draw])
+            ids = model.generate(**inputs, max_new_tokens=max(room[row] for row in rows),
+                                 logits_processor=[draw])
         for row, new, notes in zip(rows, ids[:, width:].tolist(), torch.stack(noted, 1).cpu()):
-            t = begun[row]
-            new = new[:config.max_new_tokens - len(t.response)]
-            ends = [n for n, token in enumerate(new, 1) if token in stop_tokens(model)]
-            n = min(ends, default=len(new))
+            t, stops = begun[row], stop_tokens(model)
+            ends = [n for n, token in enumerate(new[:room[row]], 1) if token in stops]
+            n = min(ends, default=room[row])
             response = t.response + new[:n]
-            text = tokenizer.decode(response, skip_special_tokens=True)
             results[row] = replace(
-                t, response=response, text=text, start=len(t.response), complete=bool(ends),
+                t, response=response, start=len(t.response), complete=bool(ends),
+                text=tokenizer.decode(response, skip_special_tokens=True),
                 logps=torch.cat([t.logps, notes[:n, 0]]),
                 entropy=torch.cat([t.entropy, notes[:n, 1]]))
     return results
@@ -560,8 +558,6 @@ def score(model, states, targets):
         return torch.stack([logp, token_entropy(logits)])
 
     size = max(1, LOGITS // model.config.vocab_size)
-    if len(states) <= size:
-        return part(states, targets)
     chunks = zip(states.split(size), targets.split(size))
     return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks], 1)
 
@@ -588,16 +584,24 @@ def take_step(model, optimizer, config):
     optimizer.zero_grad()
     return norm
 
+def gather(items):
+    """The items of all processes in one list."""
+    lists = [items] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(lists, items)
+    return sum(lists, [])
+
+def share(problems):
+    """What this process explores of a batch of problems, numbered by their place in it."""
+    return [replace(t, group=i) for i, t in enumerate(problems)][RANK::WORLD]
+
 def load_policy(config):
     """The policy in fp32, and its tokenizer, padding on the left. Safetensors, no remote code."""
     name = config.model
     if name == "tiny":
-        if RANK == 0:
-            warm_start(config)
-        gather([])  # the other processes wait for it
         name = warm_start(config)
-    elif name.startswith("Qwen") and "/" not in name and not Path(name).exists():
-        name = "Qwen/" + name
+    elif name.startswith("Qwen") and not Path(name).exists():
+        name = "Qwen/" + name.removeprefix("Qwen/")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(DEVICE)
@@ -611,100 +615,11 @@ def load_policy(config):
     # a model's own defaults (top-k 20, ...) would bend the distribution that ln π is taken of
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos)
     tokenizer.pad_token_id = model.generation_config.pad_token_id = stop_tokens(model)[0]
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        fail(f"the tokenizer of {name} has more tokens ({len(tokenizer)}) than its model")
     with torch.no_grad():
         out = model(torch.tensor([stop_tokens(model)], device=DEVICE), output_hidden_states=True)
     if not out.logits.allclose(model.get_output_embeddings()(out.hidden_states[-1]), atol=1e-3):
         fail(f"{name} scales or caps its logits, or has none that are finite: not supported")
     return model.eval(), tokenizer
-
-def tiny_tokenizer():
-    """One token a character, as an ordinary fast tokenizer."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n#"])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
-
-def warm_start(config):
-    """The folder of a Qwen2 of 0.64 M parameters, trained on demonstrations at the first call."""
-    made_by = [config.operands, config.warm_steps, config.prompt]
-    made_by += map(inspect.getsource, [warm_start, chain_questions, demonstration, reduce_at])
-    code = zlib.crc32(repr(made_by).encode())
-    folder = Path(f"runs/warm_start-habit-{config.habit}-{code:08x}")
-    if folder.exists():
-        return folder
-    save_lines(folder.parent / ".writable", [])  # fails now, if it must
-    torch.manual_seed(0)
-    rng, tokenizer = random.Random(0), tiny_tokenizer()
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(DEVICE)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    muon = torch.optim.Muon(matrices, weight_decay=0.0)  # takes half the steps of AdamW here
-    adam = torch.optim.AdamW(others, weight_decay=0.0)
-    for step in tqdm(range(config.warm_steps), "warm start", disable=QUIET):
-        digits = rng.randint(*config.operands)  # one length a batch: nothing to pad
-        questions = chain_questions(rng, [digits, digits], False, 64)
-        pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
-        problems = encode(pairs, model, tokenizer, config)
-        rows = [t.prompt + tokenizer(t.gold).input_ids + [1] for t in problems]
-        ids = torch.tensor(rows, device=DEVICE)
-        labels = ids.clone()
-        labels[:, :len(problems[0].prompt)] = -100
-        model(ids, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        pace = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)
-        for optimizer, lr in (muon, 0.02), (adam, 0.003):
-            optimizer.param_groups[0]["lr"] = lr * pace
-            optimizer.step()
-            optimizer.zero_grad()
-    save_atomically(folder, model.save_pretrained, tokenizer.save_pretrained)
-    return folder
-
-# The tiny task is chain arithmetic modulo 10. The prompt is "3+4*2=\n"; a response rewrites the
-# expression one reduction a line and ends with the answer: "3+8\n1\n#1". Demonstrations reduce
-# rightly, but by habit the leftmost operator, any other now and then: the warm-started policy knows
-# arithmetic, and seldom tries the order that precedence asks for.
-
-def reduce_at(expression, i):
-    """Do the operator at index i, modulo 10: ("3+4*2", 3) -> "3+8"."""
-    value = OPERATORS[expression[i]](int(expression[i - 1]), int(expression[i + 1])) % 10
-    return expression[:i - 1] + str(value) + expression[i + 2:]
-
-def chain_value(question):
-    """The value by ordinary precedence, modulo 10: "3+4*2=" -> "1"."""
-    expression = question.rstrip("=")
-    while len(expression) > 1:
-        expression = reduce_at(expression, max(1, expression.find("*")))
-    return expression
-
-def demonstration(question, rng, habit):
-    """A response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
-    expression, lines = question.rstrip("="), []
-    while len(expression) > 1:
-        at = 1
-        if rng.random() >= habit:
-            at = 2 * rng.randrange(len(expression) // 2) + 1
-        expression = reduce_at(expression, at)
-        lines.append(expression)
-    return "\n".join([*lines, "#" + expression])
-
-def chain_questions(rng, operands, heldout, n):
-    """n different questions. One in sixteen, by its checksum, is held out."""
-    found = {}
-    for _ in range(32 * n + 10_000):
-        question = str(rng.randrange(10))
-        for _ in range(rng.randint(*operands) - 1):
-            question += rng.choice("+-*") + str(rng.randrange(10))
-        if (zlib.crc32(question.encode()) % 16 == 0) == heldout:
-            found[question + "="] = True
-        if len(found) == n:
-            return list(found)
-    fail(f"there are not {n} problems with {operands} --operands, only {len(found)}")
 
 def load_problems(config):
     """Lists of (question, gold answer): to train on, and `eval_prompts` held-out ones.
@@ -717,10 +632,8 @@ def load_problems(config):
         heldout = chain_questions(random.Random(-1), config.operands, True, n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
     try:
-        if name == "gsm8k":
-            tables = datasets.load_dataset("openai/gsm8k", "main")
-        elif name == "math":
-            tables = datasets.load_dataset("DigitalLearningGmbH/MATH-lighteval")
+        if name in HUB:
+            tables = datasets.load_dataset(*HUB[name])
         else:
             kind = Path(name).suffix[1:].replace("jsonl", "json")
             rows = datasets.load_dataset(kind, data_files=name, split="train")
@@ -739,14 +652,13 @@ def read_rows(table, name):
     questions = {"question", "problem", "prompt"}.intersection(table.column_names)
     answers = {"answer", "solution"}.intersection(table.column_names)
     if not questions or not answers:
-        fail(f"{name} needs a column question, problem or prompt, and a column answer or solution; "
-             f"it has {', '.join(table.column_names)}")
+        fail(f"{name} needs a column question, problem or prompt, and a column answer or solution")
     pairs = []
     for question, answer in zip(table[min(questions)], table[min(answers)]):
         gold = extract_answer(str(answer)) or str(answer).strip()
-        if not question or answer is None or not 0 < len(gold) <= 300:
-            fail(f"{name}: a row needs a question, and an answer of at most 300 characters (or in "
-                 f"\\boxed{{...}}, or behind ####), not {question!r:.50}, {answer!r:.50}")
+        if not question or answer is None or not 0 < len(gold) <= MAX_LENGTH:
+            fail(f"{name}: a row needs a question and an answer of at most {MAX_LENGTH} characters "
+                 f"(it may stand in \\boxed{{...}}), not {question!r:.50}, {answer!r:.50}")
         pairs.append((str(question), gold))
     return pairs
 
@@ -755,23 +667,109 @@ def encode(pairs, model, tokenizer, config):
     problems = []
     for question, gold in pairs:
         text = config.prompt.replace("{question}", question)
-        if not tokenizer.chat_template:
-            ids = tokenizer(text).input_ids
-        else:
-            try:
-                ids = tokenizer.apply_chat_template([{"role": "user", "content": text}],
-                                                    add_generation_prompt=True, return_dict=False)
-            except Exception as e:  # a template is a program of its own
-                fail(f"the chat template of {config.model} fails: {e!r}")
+        ids = tokenizer(text).input_ids
+        if tokenizer.chat_template:
+            chat = [{"role": "user", "content": text}]
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         problems.append(Trajectory(ids, question, gold))
     longest = max(len(t.prompt) for t in problems) + config.max_new_tokens
     if longest > getattr(model.config, "max_position_embeddings", longest):
         fail(f"the longest prompt and max_new_tokens make {longest} tokens, too many for the model")
     return problems
 
-def share(problems):
-    """What this process explores of a batch of problems, numbered by their place in it."""
-    return [replace(t, group=i) for i, t in enumerate(problems)][RANK::WORLD]
+# The tiny task is chain arithmetic modulo 10. The prompt is "3+4*2=\n"; a response rewrites the
+# expression one reduction a line and ends with the answer: "3+8\n1\n#1". Demonstrations reduce
+# rightly, but by habit the leftmost operator, any other now and then: the warm-started policy knows
+# arithmetic, and seldom tries the order that precedence asks for.
+
+def reduce_at(expression, i):
+    """Do the operator at index i, modulo 10: ("3+4*2", 3) -> "3+8"."""
+    value = OPERATORS[expression[i]](int(expression[i - 1]), int(expression[i + 1])) % 10
+    return expression[:i - 1] + str(value) + expression[i + 2:]
+
+def chain_value(question):
+    """The value by ordinary precedence, modulo 10: "3+4*2=" -> "1"."""
+    expression = question.rstrip("=")
+    while len(expression) > 1:
+        expression = reduce_at(expression, max(1, expression.find("*")))
+    return expression
+
+def is_sound(text, gold):
+    """Whether every line has the value `gold`: a wrong order may be right in the end, by luck."""
+    lines = text.split("\n")[:-1]
+    return all(re.fullmatch(r"[0-9]([-+*][0-9])*", x) and chain_value(x) == gold for x in lines)
+
+def demonstration(question, rng, habit):
+    """A response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
+    expression, response = question.rstrip("="), ""
+    while len(expression) > 1:
+        at = 1
+        if rng.random() >= habit:
+            at = 2 * rng.randrange(len(expression) // 2) + 1
+        expression = reduce_at(expression, at)
+        response += expression + "\n"
+    return response + "#" + expression
+
+def chain_questions(rng, operands, heldout, n):
+    """n different questions. One in sixteen, by its checksum, is held out."""
+    found = {}
+    for _ in range(32 * n + 10_000):
+        question = str(rng.randrange(10))
+        for _ in range(rng.randint(*operands) - 1):
+            question += rng.choice("+-*") + str(rng.randrange(10))
+        if (zlib.crc32(question.encode()) % 16 == 0) == heldout:
+            found[question + "="] = True
+        if len(found) == n:
+            return list(found)
+    fail(f"there are not {n} problems with {operands} --operands, only {len(found)}")
+
+def tiny_tokenizer():
+    """One token a character, as an ordinary fast tokenizer."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n#"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+def warm_start(config):
+    """The folder of a Qwen2 of 0.64 M parameters that has learnt demonstrations, made once."""
+    low, high = config.operands
+    folder = Path(f"runs/warm_start-habit-{config.habit}-{low}-{high}-{config.warm_steps}")
+    if RANK == 0 and not folder.exists():
+        save_lines(folder.parent / ".writable", [])  # fails now, if it must
+        torch.manual_seed(0)
+        tokenizer = tiny_tokenizer()
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+            tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
+        imitate(model.to(DEVICE), tokenizer, config)
+        save_atomically(folder, model.save_pretrained, tokenizer.save_pretrained)
+    gather([])  # the other processes wait for the first
+    return folder
+
+def imitate(model, tokenizer, config):
+    """Train the tiny policy on demonstrations, 64 a step."""
+    rng = random.Random(0)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
+    muon = torch.optim.Muon(matrices, weight_decay=0.0)  # takes half the steps of AdamW here
+    adam = torch.optim.AdamW(others, weight_decay=0.0)
+    for step in tqdm(range(config.warm_steps), "warm start", disable=QUIET):
+        digits = rng.randint(*config.operands)  # one length a batch: nothing to pad
+        questions = chain_questions(rng, [digits, digits], False, 64)
+        pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
+        problems = encode(pairs, model, tokenizer, config)
+        ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + [1] for t in problems])
+        labels = ids.clone()
+        labels[:, :len(problems[0].prompt)] = -100
+        model(ids.to(DEVICE), labels=labels.to(DEVICE)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        pace = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)
+        for optimizer, lr in (muon, 0.02), (adam, 0.003):
+            optimizer.param_groups[0]["lr"] = lr * pace
+            optimizer.step()
+            optimizer.zero_grad()
 
 def own_tokens(trajectories):
     """How many tokens they sampled themselves, those of their parents not counted."""
@@ -886,31 +884,36 @@ def distinct_n(texts, n):
     return len(set(grams)) / max(1, len(grams))
 
 def evaluate(model, tokenizer, problems, config, file=None):
-    """Greedy accuracy, and of n = k = eval_samples responses: pass@1, pass@k, maj@k, Distinct-1
-    and -4, different right responses (means over problems), and their length in tokens.
+    """Means over problems: greedy accuracy; of k = eval_samples responses pass@1, pass@k, maj@k,
+    Distinct-1 and -4, different right ones, length in tokens; of the chain the sound ones, too.
     """
     torch.manual_seed(config.seed + RANK)
-    n = config.eval_samples
+    k = config.eval_samples
     greedy = gather(sample(model, tokenizer, share(problems), config, greedy=True))
-    sampled = gather(sample(model, tokenizer, share(problems) * n, config))
+    sampled = gather(sample(model, tokenizer, share(problems) * k, config))
     judge(greedy + sampled, config)
     sampled.sort(key=lambda t: t.group)
     sums = Counter(greedy=sum(t.reward for t in greedy))
-    for i in range(0, len(sampled), n):
-        texts = [t.text for t in sampled[i:i + n]]
-        right = [t.text for t in sampled[i:i + n] if t.reward]
+    for i in range(0, len(sampled), k):
+        texts = [t.text for t in sampled[i:i + k]]
+        right = [t.text for t in sampled[i:i + k] if t.reward]
         votes = Counter(map(extract_answer, texts))
-        sums["pass@1"] += len(right) / n
-        sums["pass@k"] += pass_at_k(n, len(right), n)
+        sums["pass@1"] += len(right) / k
+        sums["pass@k"] += pass_at_k(k, len(right), k)
         sums["maj@k"] += max(votes, key=votes.get) in map(extract_answer, right)
         sums["distinct_1"] += distinct_n(texts, 1)
         sums["distinct_4"] += distinct_n(texts, 4)
         sums["distinct_correct"] += len(set(right))
-        sums["length"] += own_tokens(sampled[i:i + n]) / n
+        sums["length"] += own_tokens(sampled[i:i + k]) / k
+        if config.dataset == "chain":
+            sound = [text for text in right if is_sound(text, sampled[i].gold)]
+            sums["sound@1"] += len(sound) / k
+            sums["sound@k"] += pass_at_k(k, len(sound), k)
+            sums["distinct_sound"] += len(set(sound))
     if file:
         save_lines(file, [{"question": t.question, "answer": t.gold, "response": t.text,
                            "reward": t.reward} for t in sampled])
-    return {key: value / len(problems) for key, value in sums.items()}
+    return {name: value / len(problems) for name, value in sums.items()}
 
 def rollout_metrics(trajectories):
     """What is logged of a step. eff_rate: share of problems whose rewards differ, which alone
@@ -926,13 +929,6 @@ def rollout_metrics(trajectories):
             "eff_rate": len(found) / len(groups) - 1, "distinct_correct": len(right) / len(groups),
             "pass@k": len({group for group, _ in right}) / len(groups),
             "tokens_sampled": tokens, "trajectories": count}
-
-def gather(items):
-    """The items of all processes in one list."""
-    lists = [items] * WORLD
-    if WORLD > 1:
-        torch.distributed.all_gather_object(lists, items)
-    return sum(lists, [])
 
 def fail(message):
     """End the program with one clear line and exit code 2: for mistakes that a user can mend."""
@@ -972,15 +968,11 @@ def parse_config(script, argv):
         fail("operands must be the fewest and the most digits")
     if config.model == "tiny" and config.dataset != "chain":
         fail(f"the tiny policy knows only digits: --dataset {config.dataset} needs a --model")
-    if config.prompts_per_step < WORLD:
-        fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
     config.check()
     return config
 
 def save_atomically(path, *writers):
-    """Write to a temporary path, then rename it: nobody ever meets half a file or folder, and where
-    the disk is full, what stood there before stays.
-    """
+    """Write to a temporary path, then rename it: nobody ever meets half a file or folder."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -990,9 +982,9 @@ def save_atomically(path, *writers):
             shutil.rmtree(path)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch and safetensors have their own errors
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_file():
+            temporary.unlink()
         fail(f"cannot write {path}: {e}")
 
 def save_lines(path, rows):
@@ -1000,25 +992,6 @@ def save_lines(path, rows):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if RANK == 0:
         save_atomically(path, lambda temporary: temporary.write_text(text))
-
-@contextlib.contextmanager
-def run_folder(config):
-    """The run's folder, which no other run has taken. A start that fails leaves none."""
-    folder = Path(config.out or f"runs/{config.method}-{config.seed}")
-    if config.resume and not folder.is_dir():
-        fail(f"there is no run in {folder} to resume")
-    try:
-        if RANK == 0:
-            folder.mkdir(parents=True, exist_ok=config.resume)
-    except FileExistsError:
-        fail(f"{folder} exists: choose another --out, or go on with --resume")
-    except OSError as e:
-        fail(f"cannot write to {folder}: {e}")
-    try:
-        yield folder
-    finally:
-        if RANK == 0 and not any(folder.iterdir()):
-            folder.rmdir()
 
 def load_state(folder, config, parts):
     """What state.pt holds besides the `parts` (name: module or optimizer), which are restored."""
@@ -1034,58 +1007,81 @@ def load_state(folder, config, parts):
         fail(f"cannot read {folder}/state.pt into these settings: {e!r}")
     return state
 
+def run_folder(config):
+    """The folder of the run: a new one, or with --resume the one that is there."""
+    folder = Path(config.out or f"runs/{config.method}-{config.seed}")
+    if config.resume and not folder.is_dir():
+        fail(f"there is no run in {folder} to resume")
+    if folder.exists() and not config.resume:
+        fail(f"{folder} exists: choose another --out, or go on with --resume")
+    return folder
+
+def save_state(folder, state, parts):
+    """Write state.pt, all that --resume needs."""
+    tensors = {name: part.state_dict() for name, part in parts.items()}
+    if RANK == 0:
+        save_atomically(folder / "state.pt", lambda path: torch.save(state | tensors, path))
+
 def train(config):
     """Evaluate, train, evaluate again; returns the summary."""
-    began = time.time()
-    pairs = load_problems(config)
-    with run_folder(config) as folder:
-        model, tokenizer = load_policy(config)
-        problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
-        torch.manual_seed(config.seed)
-        extra = prepare(model, config)
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-        parts = {"model": model, "optimizer": optimizer, "extra": extra}
+    began, folder, pairs = time.time(), run_folder(config), load_problems(config)
+    model, tokenizer = load_policy(config)
+    problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
+    torch.manual_seed(config.seed)
+    extra = prepare(model, config)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    parts = {"model": model, "optimizer": optimizer, "extra": extra}
+    state = {"config": asdict(config), "before": {}, "log": []}
+    if (folder / "state.pt").exists():
+        state = load_state(folder, config, parts)
+    log = state["log"]
+    save_lines(folder / "metrics.jsonl", log)  # fails now, if it must
+    if not state["before"]:
+        state["before"] = evaluate(model, tokenizer, heldout, config)
+        save_state(folder, state, parts)
 
-        def save():
-            tensors = {name: part.state_dict() for name, part in parts.items()}
-            if RANK == 0:
-                save_atomically(folder / "state.pt", lambda path: torch.save(state | tensors, path))
+    tokens = sum(line["tokens_sampled"] for line in log)
+    while len(log) < config.max_steps and tokens < (config.max_tokens or math.inf):
+        step = len(log)
+        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
+        try:
+            metrics = training_step(model, tokenizer, optimizer, extra, problems, config, step)
+        except FloatingPointError as e:
+            sys.exit(f"error: {e} at step {step}; {folder}/state.pt is the last checkpoint")
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            found = evaluate(model, tokenizer, heldout, config)
+            metrics |= {f"eval_{name}": value for name, value in found.items()}
+        log.append({"step": step, **metrics})
+        save_lines(folder / "metrics.jsonl", log)
+        tokens += metrics["tokens_sampled"]
+        shown = [f"{name} {metrics[name]:.2f}" for name in ("reward", "eff_rate", "entropy")]
+        print(f"step {step + 1}, {tokens:,} tokens:", *shown, flush=True)
+        if len(log) % config.save_every == 0:
+            save_state(folder, state, parts)
+    save_state(folder, state, parts)
 
-        if config.resume and (folder / "state.pt").exists():
-            state = load_state(folder, config, parts)
-        else:
-            before = evaluate(model, tokenizer, heldout, config)
-            state = {"config": asdict(config), "before": before, "log": []}
-            save()
-        log, total = state["log"], config.max_tokens or config.max_steps
-        done = sum(m["tokens_sampled"] for m in log) if config.max_tokens else len(log)
-        while len(log) < config.max_steps and done < total:
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1.0, (len(log) + 1) / config.lr_warmup)
-            step = len(log)
-            try:
-                metrics = training_step(model, tokenizer, optimizer, extra, problems, config, step)
-            except FloatingPointError as e:
-                sys.exit(f"error: {e} at step {step}; {folder}/state.pt is the last checkpoint")
-            log.append({"step": step, **metrics})
-            save_lines(folder / "metrics.jsonl", log)
-            done += metrics["tokens_sampled"] if config.max_tokens else 1
-            shown = [f"{name} {metrics[name]:.2f}" for name in ("reward", "eff_rate", "entropy")]
-            print(f"step {step + 1} ({min(1, done / total):.0%}):", *shown, flush=True)
-            if len(log) % config.save_every == 0:
-                save()
-        save()
-        after = evaluate(model, tokenizer, heldout, config, folder / "samples.jsonl")
-        summary = {"before": state["before"], "after": after, "config": asdict(config),
-                   "seconds": time.time() - began}
-        save_lines(folder / "summary.json", [summary])
-        if RANK == 0:
-            save_atomically(folder / "model", model.save_pretrained, tokenizer.save_pretrained)
-    print(f"\n{len(heldout)} held-out problems, k = {config.eval_samples}: before, after")
-    for name, value in after.items():
-        print(f"{name:18}{state['before'][name]:9.3f}{value:9.3f}")
-    print(f"{summary['seconds']:.0f} s; everything is in {folder}")
+    after = evaluate(model, tokenizer, heldout, config, folder / "samples.jsonl")
+    summary = {"before": state["before"], "after": after, "config": asdict(config),
+               "seconds": time.time() - began}
+    save_lines(folder / "summary.json", [summary])
+    if RANK == 0:
+        save_atomically(folder / "model", model.save_pretrained, tokenizer.save_pretrained)
+    print_table(folder, summary)
     return summary
+
+def print_table(folder, summary):
+    """Before and after training, and what GRPO got with this seed where such a run is at hand."""
+    columns = {"before": summary["before"], "after": summary["after"]}
+    grpo = folder.with_name(f"grpo-{summary['config']['seed']}") / "summary.json"
+    if grpo.exists() and grpo.parent != folder:
+        columns["GRPO's"] = json.loads(grpo.read_text())["after"]
+    else:
+        print("\nto compare: python iiblpo.py --method grpo, then this command with --resume")
+    print("\n" + " " * 18 + "".join(f"{title:>9}" for title in columns))
+    for name in summary["after"]:
+        values = [column.get(name, math.nan) for column in columns.values()]
+        print(f"{name:18}" + "".join(f"{value:9.3f}" for value in values))
+    print(f"{summary['seconds']:.0f} s; everything is in {folder}")
 
 def main(argv=None):
     """The command line; returns the run's summary."""
