@@ -138,7 +138,7 @@ class Trajectory:
 
 @dataclass(eq=False)
 class Node:
-    """A step s below those before it; the root holds the prompt q. Equal steps are one node [O]."""
+    """A step s below those before it; the root holds the prompt q. Equal siblings are one [O]."""
     tokens: list[int]
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of the step's tokens
     entropy: torch.Tensor = torch.zeros(0)  # [T]
@@ -161,13 +161,18 @@ class Node:
 
     def path(self):
         """The steps from the first to this one, without the root."""
-        return self.parent.path() + [self] if self.parent else []
+        nodes, node = [], self
+        while node.parent:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
 
     def walk(self):
         """This node and all below it, depth-first: a subtree in one piece."""
-        nodes = [self]
-        for child in self.children:
-            nodes += child.walk()
+        nodes, waiting = [], [self]
+        while waiting:
+            nodes.append(waiting.pop())
+            waiting += reversed(nodes[-1].children)
         return nodes
 
 def split_steps(token_ids, tokenizer, delimiter):
@@ -175,7 +180,7 @@ def split_steps(token_ids, tokenizer, delimiter):
     a delimiter [P: "\\n\\n"], the last holds the rest. "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
     """
     texts = {token: tokenizer.decode(token, skip_special_tokens=True) for token in set(token_ids)}
-    steps, text = [], delimiter
+    steps, text = [], delimiter  # as if a step had just ended
     for token in token_ids:
         if delimiter in text:
             steps.append([])
@@ -192,14 +197,14 @@ def insert(root, steps, step_logps, reward, step_entropy=None):
     path = [root]
     for i, tokens in enumerate(steps):
         parent = path[-1]
-        twins = [child for child in parent.children if child.tokens == tokens]
-        if not twins:
+        child = next((node for node in parent.children if node.tokens == tokens), None)
+        if child is None:
             end = parent.end + len(tokens)
-            twins = [Node(tokens, torch.as_tensor(step_logps[i]), parent=parent, end=end)]
+            child = Node(tokens, torch.as_tensor(step_logps[i]), parent=parent, end=end)
             if step_entropy is not None:
-                twins[0].entropy = step_entropy[i]
-            parent.children += twins
-        path += twins
+                child.entropy = step_entropy[i]
+            parent.children.append(child)
+        path.append(child)
     for node in path:
         node.visits += 1
         node.total_reward += reward
@@ -211,12 +216,12 @@ def grow(model, tokenizer, problems, config, rng):
     All trees grow in one `generate` a round, from prompt and prefix, which is prefilled again.
     """
     B0, L, K, B = config.tree
-    roots = {t.group: Node(t.prompt, branched=1) for t in problems}
+    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # by the first rollouts
     trajectories, begun = [], problems * B0
     if config.sampler == "independent":
         begun, L = problems * (config.rollouts or B0 + (L - 1) * K * B), 1
-    for level in range(L):
-        if level > 0:
+    for turn in range(L):
+        if turn > 0:
             begun = []
             for t in problems:
                 for node in select_nodes(roots[t.group], K, config.sampler, config, rng):
@@ -245,9 +250,9 @@ def go_on_from(node, problem):
 #   J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b)     over the B sub-steps s_b sampled at v              [P]
 #   η₁(s) = p̂(a*|s) / p̂(a*|parent) - (1 + 1/β)   (information gain),  η₂(s) = π(s)   (confidence)
 # (β+1) H(s|q,s_<) - β H(s|a*,q,s_<), both H as means of 1 - π over s ~ π(s|q,s_<), is by Bayes'
-# π(s|a*) = π(s) p(a*|s)/p(a*|v) just 1 + β Σ_s π² (p(a*|s)/p(a*|v) - (1 + 1/β)): β/B where the
-# paper reports (1+β)/B, which changes neither the ranking nor the sign. At p̂ = p̂(parent), as where
-# all are right or all wrong, η₁ = -1/β: confident steps lose probability there.
+# π(s|a*) = π(s) p(a*|s)/p(a*|v) just 1 + β Σ_s π² (p(a*|s)/p(a*|v) - (1 + 1/β)). Sampled, the sum
+# is β/B Σ_b η₁ η₂; the paper's estimate drops the 1 and has (1+β)/B: the ranking is the same. Where
+# p̂ = p̂(parent), as if all are right or all wrong, η₁ = -1/β: confident steps lose probability.
 
 def information_gain(node, beta):
     """η₁(s). Where the parent never led to a right answer the ratio counts as 1 [O]."""
@@ -257,13 +262,15 @@ def information_gain(node, beta):
     return ratio - (1 + 1 / beta)
 
 def ib_score(node, beta):
-    """J_IB of a node with children, each counted with its visits."""
+    """J_IB of a node with children. A child counts with all its visits [O], also those of
+    trajectories that were branched from further down.
+    """
     B = sum(s.visits for s in node.children)
     return (1 + beta) / B * sum(s.visits * information_gain(s, beta) * s.confidence
                                 for s in node.children)
 
 def ib_covariance(node, beta):
-    """Cov(η₁, η₂) over the sub-steps sampled at a node; under GRPO it falls to zero. [P]"""
+    """Cov(η₁, η₂) over a node's sub-steps, by visits; under GRPO it falls to zero. [P]"""
     visits = torch.tensor([float(s.visits) for s in node.children])
     eta1 = torch.tensor([information_gain(s, beta) for s in node.children])
     eta2 = torch.tensor([s.confidence for s in node.children])
@@ -289,13 +296,13 @@ def select_nodes(root, k, sampler, config, rng):
 
 # ==== Step-level advantages =======================================================================
 #   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards, 0 where that is 0                   [P]
-#   A_IB(s) = (p̂(a*|s) / p̂(a*|parent) - (1 + 1/β)) π_old(s),   A(s) = A_GL(s) + λ A_IB(s)     [P]
+#   A_IB(s) = η₁(s) η₂(s), of π_old;           A(s) = A_GL(s) + λ A_IB(s)                       [P]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s): at ratio 1,
 # A_GL on the tree is GRPO on its trajectories. New is where samples are taken, and λ A_IB. [O]
 
 def step_advantages(root, config):
-    """{step: A(s)} of a tree, by config.advantage; grpo: the mean of its trajectories' (R - mean)/
-    (std + 1e-4), which is A_GL but for the 1e-4.
+    """{step: A(s)} of a tree, by config.advantage. grpo: (R - mean)/(std + 1e-4), the mean over its
+    trajectories, which is A_GL but for the 1e-4.
     """
     result = {}
     std = math.sqrt(root.value * (1 - root.value))  # of rewards 0 and 1
@@ -320,8 +327,8 @@ def group_advantages(rewards, groups, eps=1e-4):
 
 # ==== Update on packed trees ======================================================================
 #   L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL,   over the tokens of all G trajectories      [P]
-# A prefix that trajectories share is visited once: the trie lies depth-first in one sequence, a
-# token sees its ancestors and itself, its position is its depth, and its weight in the mean is the
+# A step that trajectories share is run once: the tree lies depth-first in one sequence, a token
+# sees its ancestors and itself, its position is its depth, and its weight in the mean is the
 # number of trajectories through it. The gradient is that of G separate rows [O].
 
 def policy_loss(logp, old_logp, advantages, mask, config):
@@ -341,8 +348,8 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     return -(objective * mask).sum() / tokens, stats
 
 def pack_tree(root, advantages):
-    """One tree of S unique tokens, the prompt's among them. [S]: input_ids, previous (the index of
-    the token before), weights (0 in the prompt), advantages, logps (old); attention_mask: [S, S].
+    """One tree of S tokens, the prompt's among them, a step once. [S]: input_ids, previous (index
+    of the token before), weights (0 in the prompt), advantages, logps (old); attention_mask: [S, S].
     """
     nodes, last = root.walk(), {}
     S = sum(len(node.tokens) for node in nodes)
@@ -371,9 +378,9 @@ def tree_logps(model, packs):
     previous = pad([pack["previous"] for pack in packs]).to(DEVICE)
     weights = pad([pack["weights"] for pack in packs]).to(DEVICE)
     mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)  # padding sees itself
-    for row, pack in zip(mask, packs):
+    for square, pack in zip(mask, packs):
         S = len(pack["input_ids"])
-        row[:S, :S] = pack["attention_mask"]
+        square[:S, :S] = pack["attention_mask"]
     mask = mask.to(DEVICE)
     with autocast():
         states = model.base_model(input_ids=ids, attention_mask=mask[:, None], use_cache=False,
@@ -401,7 +408,7 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
     stats, norm = Counter(loss=0, tokens_trained=0, tokens_unique=0), 0.0
     for i in range(config.updates_per_step):
         part = packs[i::config.updates_per_step]
-        total = sum(gather([sum(pack["weights"].sum().item() for pack in part)]))
+        tokens = sum(gather([sum(pack["weights"].sum().item() for pack in part)]))
         for rows in micro_batches([len(pack["input_ids"]) for pack in part], config.micro_tokens):
             micro = [part[row] for row in rows]
             logp, weights = tree_logps(model, micro)
@@ -413,18 +420,18 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
                     reference_logp, _ = tree_logps(reference, micro)
                 found["kl"] = (k3(logp, reference_logp) * weights).sum() / weights.sum()
                 loss = loss + config.kl * found["kl"]
-            share_of_tokens = weights.sum() / total
+            share_of_tokens = weights.sum() / tokens
             (share_of_tokens * loss).backward()
             for name, value in {"loss": loss, **found}.items():
                 stats[name] += (share_of_tokens * value).item() / config.updates_per_step
             stats["tokens_trained"] += weights.sum().item()
             stats["tokens_unique"] += (weights > 0).sum().item()
-        if total > 0:
+        if tokens > 0:
             norm = take_step(model, optimizer, config)
     total = Counter()
     for part in gather([stats]):
         total.update(part)
-    return total | {"grad_norm": norm}
+    return {**total, "grad_norm": norm}
 
 # ==== The training step ===========================================================================
 
@@ -439,15 +446,15 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
     batch = rng.sample(problems, min(config.prompts_per_step, len(problems)))
     roots, trajectories = grow(model, tokenizer, share(batch), config, rng)
 
-    # 3. advantages of its steps, and the policy gradient
+    # 3. advantages of their steps, and the policy gradient
     grown = time.time()
     stats = update_on_trees(model, optimizer, list(roots.values()), config, reference)
 
     # 4. log
     nodes = [node for root in roots.values() for node in root.walk() if node.children]
     scores = [ib_score(node, config.beta) for node in nodes]
-    forks = [ib_covariance(node, config.beta) for node in nodes if len(node.children) > 1]
-    metrics = {"ib_score": sum(scores) / len(scores), "cov": sum(forks) / max(1, len(forks)),
+    covs = [ib_covariance(node, config.beta) for node in nodes if len(node.children) > 1]
+    metrics = {"ib_score": sum(scores) / len(scores), "cov": sum(covs) / max(1, len(covs)),
                "rollout_s": grown - began, "update_s": time.time() - grown}
     return rollout_metrics(trajectories) | stats | metrics
 

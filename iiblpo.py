@@ -149,7 +149,7 @@ class Trajectory:
 #   Ω = the top ρ of a response's positions by H_t,  t* ~ Uniform(Ω)      where it hesitates     [P]
 #   c = (q, o_<t*),  z_1 ... z_K ~ p_ψ(z | c)                             a latent a branch      [P]
 #   K' = [γ W_K z ; K],  V' = [γ W_V z ; V],  w' = w + γ W_N z            pseudo self-attention  [P]
-# o_t* itself is decided again: H_t* is the entropy of its choice [O]. The released code keeps it.
+# w: an input norm's weights. o_t* is decided again: H_t* is the entropy of its choice [O, not C].
 
 def branch_positions(entropy, mask, top_frac, generator=None):
     """t* of each response, [B], from the floor(ρ n) >= 1 positions of highest entropy [B, T].
@@ -160,7 +160,7 @@ def branch_positions(entropy, mask, top_frac, generator=None):
     for row in range(len(entropy)):
         candidates = mask[row].nonzero().squeeze(1)[1:]
         if len(candidates) > 0:
-            size = max(1, int(top_frac * len(candidates) + 1e-9))
+            size = max(1, int(top_frac * len(candidates) + 1e-9))  # 0.29 * 100 is 28.99...
             omega = candidates[entropy[row, candidates].topk(size).indices]
             positions[row] = omega[torch.randint(size, (1,), generator=generator)]
     return positions
@@ -293,16 +293,17 @@ def psa_gamma(step, config):
     return config.psa_gamma * max(0.0, 1 - step / (config.psa_decay_steps or math.inf))
 
 def latent_loss(model, latents, batch, prefix, continuation):
-    """-ELBO: mean over rows of -Σ_t>=t* ln π(o_t | q, o_<t, z), z ~ q_φ, + KL(q_φ || p_ψ) / 2.
+    """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows: -ELBO at a KL
+    weight of 1/2. The decoder is the frozen policy, steered by z [O]: latents that decode into a
+    feature [C] were measured to do nothing to what the policy says.
 
-    The decoder is the frozen policy, steered by z [O]: latents that decode into a feature [C] were
-    measured to do nothing to what it says. The first 0.5 nats of KL a dimension are free.
+    The first 0.5 nats of KL a dimension are free.
     prefix, continuation: their features, [B, H]. Also returns ln π of the rows [B] and the KL [Z].
     """
     cvae, psa = latents
     prior, posterior = cvae.prior(prefix), cvae.posterior(prefix, continuation)
-    columns = max(len(t.prompt) for t in batch)
-    born = torch.tensor([columns + t.start - 1 for t in batch], device=DEVICE)
+    P = max(len(t.prompt) for t in batch)
+    born = torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)  # its state gives o_t*
     with psa.steer(posterior.rsample(), born):
         logp, _, mask = token_logps(model, batch)
     logp = (logp * mask).sum(1)
@@ -311,7 +312,8 @@ def latent_loss(model, latents, batch, prefix, continuation):
 
 def alternatives(model, tokenizer, problems, config):
     """What the latents learn from: continuations from t*, after each of the 4 likeliest tokens
-    there with p > 0.01, so that rare next tokens count as much as usual ones. [O]
+    there with p > 0.01, so that rare next tokens count as much as usual ones [O]; and how many
+    tokens were sampled for it.
     """
     begun = []
     parents = sample(model, tokenizer, problems, config)
@@ -322,16 +324,17 @@ def alternatives(model, tokenizer, problems, config):
         for token in p.topk(4).indices.tolist():
             goes_on = token not in stop_tokens(model) and t.start + 1 < config.max_new_tokens
             if goes_on and p[token] > 0.01:
-                begun.append(replace(t, response=t.response + [token]))
+                begun.append(replace(t, response=t.response + [token]))  # its ln π is not noted
     pairs = sample(model, tokenizer, begun[:config.cvae_pairs], config)
-    return [replace(t, start=t.start - 1) for t in pairs]  # the forced token is a part of it
+    tokens = own_tokens(parents) + own_tokens(pairs)
+    return [replace(t, start=t.start - 1) for t in pairs], tokens  # the forced token is part of it
 
 @torch.no_grad()
 def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     """K branches from t* of every parent, each with a latent of its own.
 
-    latents: (cvae, psa), or [] for the same places without latents. First branches come before
-    second ones, until `budget` tokens are expected if a branch ends where its parent did.
+    latents: (cvae, psa), or [] for the same places without latents. Every parent's first branch
+    comes before any second one, until `budget` tokens are expected, a branch ending as its parent.
     """
     prefixes = prefixes_to_branch(parents, config)
     begun, origins = [], []
@@ -353,20 +356,20 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     return sample(model, tokenizer, begun, config, steer=steer)
 
 # ==== Stage 2: information-bottleneck filter and self-reward ======================================
-#   S_IB(r) = β Î(r; a*) - Î(q; r)                                                               [P]
+#   S_IB(r) = β Î(r; a*) - Î(q; r)                                r: a whole response            [P]
 #   Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|   r̄: r before its answer      [O]
 #   Î(q; r) = Ĥ(r) / mean of Ĥ over the prompt's responses           Ĥ(r) = Σ_t H_t              [O]
-#   self-reward: κ mean_t(A_t H_t)                                                               [C]
+#   self-reward: κ mean_t(A H_t)                                     A: the advantage, below     [C]
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
     """Î(r; a*), [B], by the policy without latents."""
-    cue = "\\boxed{" if "\\boxed" in config.prompt else "#"
+    cue = "\\boxed{" if "\\boxed" in config.prompt else "#"  # what opens an answer
     probes, asked = {}, []  # equal texts before the answer to one problem are scored once
     for t in trajectories:
         before = t.text[:t.text.rindex(cue)].rstrip("#") if cue in t.text else t.text
         answer = tokenizer(t.gold, add_special_tokens=False).input_ids
-        for key in (str(t.prompt), before), (str(t.prompt), ""):
+        for key in (tuple(t.prompt), before), (tuple(t.prompt), ""):
             given = tokenizer(key[1] + cue, add_special_tokens=False).input_ids
             probes[key] = Trajectory(t.prompt, response=given + answer, start=len(given))
             asked.append(key)
@@ -375,8 +378,8 @@ def answer_gain(model, tokenizer, trajectories, config):
         logp, _, mask = token_logps(model, [probes[keys[row]] for row in rows])
         for row, mean in zip(rows, ((logp * mask).sum(1) / mask.sum(1)).tolist()):
             means[keys[row]] = mean
-    means = torch.tensor([means[key] for key in asked])
-    return means[0::2] - means[1::2]
+    asked = torch.tensor([means[key] for key in asked])
+    return asked[0::2] - asked[1::2]  # with what the response says before, and without
 
 def trajectory_ib_score(answer_gain, entropy, mask, groups, beta):
     """S_IB, [B]; answer_gain, groups: [B], entropy, mask: [B, T]."""
@@ -407,7 +410,7 @@ def select_top_n(scores, rewards, lengths, groups, n, always):
     return sorted(kept)
 
 def ib_self_reward(entropy, advantages, mask):
-    """mean_t(A_t H_t), with a gradient through H_t; entropy, mask: [B, T], advantages: [B]. [C]"""
+    """mean_t(A H_t), with a gradient through H_t; entropy, mask: [B, T], advantages: [B]. [C]"""
     return (advantages[:, None] * entropy * mask).sum() / mask.sum()
 
 def ib_scores(model, tokenizer, candidates, config):
@@ -420,7 +423,7 @@ def ib_scores(model, tokenizer, candidates, config):
 def explore(model, tokenizer, latents, problems, config):
     """Stages 1 and 2 on a batch of problems: (all candidates, those kept).
 
-    At most as many tokens are sampled as `rollouts` responses of the same mean length have [O].
+    As many tokens, or fewer, are expected as `rollouts` responses of the same mean length have [O].
     """
     candidates = sample(model, tokenizer, problems * config.initial, config)
     initial, kept = len(candidates), candidates
@@ -442,7 +445,8 @@ def explore(model, tokenizer, latents, problems, config):
     return candidates, kept
 
 # ==== Update ======================================================================================
-#   A = (R - mean) / (std + 1e-4)          over all candidates of a prompt, kept or not    [GRPO, O]
+#   A = n/k (R - mean) / (std + 1e-4)      mean, std: all candidates of a prompt; n of them have R,
+#                                          k of these are kept                             [GRPO, O]
 #   r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)     of the bare policy to the one that
 #                                          sampled: what latents find goes into the policy       [O]
 #   L = -mean_t min(r_t A, clip(r_t) A) - κ mean_t(A H_t)                                  [GRPO, C]
@@ -524,8 +528,8 @@ def update(model, optimizer, batch, config):
     for part in gather([stats]):
         total.update(part)
     weights = torch.tensor(gather(log_weights) or [0.0]).softmax(0)
-    effective = 1 / weights.square().sum().item()  # sample size of the branches
-    return total | {"grad_norm": norm, "branch_ess": effective / len(weights)}
+    effective = 1 / weights.square().sum().item()  # sample size of the branches, by their weights
+    return {**total, "grad_norm": norm, "branch_ess": effective / len(weights)}
 
 # ==== The training step ===========================================================================
 
@@ -534,25 +538,25 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     # 1. random numbers of the step's own, so that a resumed run has the very same ones
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62) + RANK)
-    chosen = rng.sample(problems, len(problems))
+    shuffled = rng.sample(problems, len(problems))
     metrics = {}
 
     # 2. the latents learn the policy's alternatives, at first and now and then, and fade
     if latents:
         if step == 0 or (config.cvae_refresh and step % config.cvae_refresh == 0):
-            metrics = train_latents(model, tokenizer, latents, chosen, config)
+            metrics = train_latents(model, tokenizer, latents, shuffled, config)
         latents[1].gamma = psa_gamma(step, config)
 
     # 3. roll out, branch where the policy hesitates, keep what is informative and short;
     #    advantages are relative to all candidates
     began = time.time()
     if config.method == "iiblpo":
-        batch = share(chosen[:config.prompts_per_step])
+        batch = share(shuffled[:config.prompts_per_step])
         candidates, kept = explore(model, tokenizer, latents, batch, config)
         set_advantages(candidates, kept)
     else:
-        candidates, kept = baseline_rollouts(model, tokenizer, chosen, config)
-        set_advantages(candidates, candidates)
+        candidates, kept = baseline_rollouts(model, tokenizer, shuffled, config)
+        set_advantages(candidates, candidates)  # nothing stands for what dapo drops
 
     # 4. policy gradient of the bare policy
     explored = time.time()
@@ -560,7 +564,9 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
 
     # 5. log
     metrics |= {"rollout_s": explored - began, "update_s": time.time() - explored}
-    return rollout_metrics(candidates) | metrics
+    metrics = rollout_metrics(candidates) | metrics
+    metrics["tokens_sampled"] += metrics.get("latent_tokens", 0)  # all tokens count
+    return metrics
 
 
 # ==================================================================================================
@@ -581,9 +587,10 @@ def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; a report of the last batch."""
     latents[1].gamma = config.psa_gamma
     problems = share(problems[:WORLD + config.cvae_pairs // 2])
-    pairs = gather(alternatives(model, tokenizer, problems, config))
+    pairs, tokens = alternatives(model, tokenizer, problems, config)
+    pairs, tokens = gather(pairs), sum(gather([tokens]))
     if not pairs:
-        return {}
+        return {"latent_tokens": tokens}
     prefixes, continuations = features(model, pairs, config)
     optimizer = torch.optim.AdamW(latents.parameters(), lr=0.003)
     model.requires_grad_(False)
@@ -605,7 +612,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     with torch.no_grad():
         bare, _, mask = token_logps(model, batch)
     return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "kl": kl.sum().item(),
-            "active_dims": (kl > 0.01).sum().item()}
+            "active_dims": (kl > 0.01).sum().item(), "latent_tokens": tokens}
 
 def last_states(model, batch):
     """Last hidden states [B, P + T, H] of whole trajectories, their token ids [B, P + T], and P.
@@ -629,10 +636,10 @@ def last_states(model, batch):
 def token_logps(model, batch):
     """ln π(o_t) and H_t of trajectories' own tokens, and their mask: three [B, T] tensors."""
     states, ids, P = last_states(model, batch)
-    t = torch.arange(ids.shape[1] - P)
+    column = torch.arange(ids.shape[1] - P)
     begin = torch.tensor([t.start for t in batch])[:, None]
     end = torch.tensor([len(t.response) for t in batch])[:, None]
-    mask = ((begin <= t) & (t < end)).to(DEVICE)
+    mask = ((begin <= column) & (column < end)).to(DEVICE)
     with autocast():
         flat_logp, flat_entropy = score(model, states[:, P - 1:-1][mask], ids[:, P:][mask])
     zeros = torch.zeros(mask.shape, device=DEVICE)
@@ -650,15 +657,15 @@ def features(model, batch, config):
             e[1, row] = h[P + t.start:P + len(t.response)].mean(0)
     return e
 
-def baseline_rollouts(model, tokenizer, chosen, config):
-    """(all, those to train on): `rollouts` responses to each of a step's problems, `chosen` first.
+def baseline_rollouts(model, tokenizer, shuffled, config):
+    """(all, those to train on): `rollouts` responses to each of the first problems of `shuffled`.
 
     dapo takes further problems, up to twice, in the place of those whose rewards are all equal, and
     leaves out what was cut at the length limit.
     """
     rounds = 3 if config.method == "dapo" else 1
-    waiting = share(chosen[:rounds * config.prompts_per_step])
-    wanted = len(share(chosen[:config.prompts_per_step]))
+    waiting = share(shuffled[:rounds * config.prompts_per_step])
+    wanted = len(share(shuffled[:config.prompts_per_step]))
     candidates, kept = [], []
     for _ in range(rounds):
         missing = wanted - len({t.group for t in kept})

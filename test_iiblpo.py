@@ -483,8 +483,9 @@ def test_the_latents_loss_is_the_elbo_of_the_steered_policy(monkeypatch):
 
 def test_alternatives_begin_with_the_likeliest_tokens_where_the_policy_hesitates():
     model, tokenizer, c, _ = steered("Qwen2", "--cvae_pairs", 50, "--top_frac", 0.3)
-    pairs = m.alternatives(model, tokenizer, prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n") * 8, c)
+    pairs, tokens = m.alternatives(model, tokenizer, prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n") * 8, c)
     tried = {}
+    assert tokens > m.own_tokens(pairs) + 24
     for t in pairs:
         p = model(tensor([t.prompt + t.response[:t.start]])).logits[0, -1].softmax(-1)
         first = t.response[t.start]
@@ -495,7 +496,7 @@ def test_alternatives_begin_with_the_likeliest_tokens_where_the_policy_hesitates
 def test_training_the_latents_lowers_the_loss_and_leaves_the_policy_alone(monkeypatch):
     model, tokenizer, c, latents = steered("Qwen2", "--cvae_steps", 60, "--micro_tokens", 999, scale=1)
     pairs, before = begun(model, tokenizer, c) * 4, [p.clone() for p in model.parameters()]
-    monkeypatch.setattr(m, "alternatives", lambda *a: pairs)
+    monkeypatch.setattr(m, "alternatives", lambda *a: (pairs, 7))
     e = m.features(model, pairs, c)
     first = m.latent_loss(model, latents, pairs, *e)[0]
     latents[1].gamma = 0.0  # they are trained at full strength, whatever it has faded to
