@@ -22,12 +22,12 @@ import functools
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import re
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
+import pandas
 import sympy
 import torch
 import transformers
@@ -84,7 +85,7 @@ class Config:
     prompts_per_step: int = setting(16, "prompts a step")
     rollouts: int = setting(8, "responses a prompt of the baselines, and everyone's budget")
     max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x columns to come of one generate call")
+    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of one generate call")
     # stage 1: branching
     initial: int = setting(2, "M: rollouts a prompt before branching")
     branches: int = setting(3, "K: branches of each rollout")
@@ -122,6 +123,8 @@ class Config:
             self.clip_high = max(0.28, self.clip_high)  # clip-higher
         if self.rollouts <= (self.initial if self.method == "iiblpo" else 0):
             fail("rollouts must be above 0, initial below rollouts: branches get the rest of them")
+        if self.top_frac > 1:
+            fail("top_frac is a share, at most 1")
 
 
 @dataclass(eq=False)
@@ -134,7 +137,7 @@ class Trajectory:
     response: list[int] = field(default_factory=list)  # T tokens, the last EOS unless cut
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π(o_t), noted while it was sampled
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, likewise
-    start: int = 0  # t*: response[start:] are its own tokens, the others its parent's
+    start: int = 0  # where it left its parent (0: none): response[start:] are its own tokens
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
@@ -591,16 +594,15 @@ def train_latents(model, tokenizer, latents, problems, config):
     pairs, tokens = gather(pairs), sum(gather([tokens]))
     if not pairs:
         return {"latent_tokens": tokens}
-    prefixes, continuations = features(model, pairs, config)
+    states = features(model, pairs, config)
     optimizer = torch.optim.AdamW(latents.parameters(), lr=0.003)
     model.requires_grad_(False)
-    for _ in tqdm(range(config.cvae_steps), "latents", disable=QUIET):
+    for _ in tqdm(range(config.cvae_steps), "latents", disable=RANK > 0 or None):
         drawn = torch.randperm(len(pairs))[:32]
         for rows in micro_batches([len(pairs[i]) for i in drawn], config.micro_tokens):
             chosen = drawn[rows]
             batch = [pairs[i] for i in chosen]
-            loss, logp, kl = latent_loss(
-                model, latents, batch, prefixes[chosen], continuations[chosen])
+            loss, logp, kl = latent_loss(model, latents, batch, *states[:, chosen])
             (loss * len(rows) / len(drawn)).backward()
         torch.nn.utils.clip_grad_norm_(latents.parameters(), 0.5)
         optimizer.step()
@@ -620,14 +622,13 @@ def last_states(model, batch):
     Prompts are padded on the left, responses on the right: column P + t is token t of every row.
     """
     P, T = max(len(t.prompt) for t in batch), max(len(t.response) for t in batch)
-    ids = torch.zeros(len(batch), P + T, dtype=torch.long)
+    ids = torch.zeros(len(batch), P + T, dtype=torch.long, device=DEVICE)
     mask = torch.zeros_like(ids)
     for row, t in enumerate(batch):
         columns = slice(P - len(t.prompt), P + len(t.response))
         ids[row, columns] = torch.tensor(t.prompt + t.response)
         mask[row, columns] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0).to(DEVICE)
-    ids, mask = ids.to(DEVICE), mask.to(DEVICE)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with autocast():
         states = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
                                   use_cache=False).last_hidden_state
@@ -760,18 +761,15 @@ def probe_heads(config):
     return report
 
 
-# ==== Supporting code, which any RLVR script needs: the same words in both scripts ================
+# ==== Supporting code, which any such script needs: the same words in both ========================
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-QUIET = True if RANK else None  # for tqdm; None: a bar where there is a terminal
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOGITS = 2 ** 25  # logits held at a time
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}
 MAY_BE_0 = ["max_tokens", "seed", "rollouts", "eval_every", "psa_layers", "psa_decay_steps",
             "cvae_refresh", "keep"]
-AT_MOST = {"lr": 1, "habit": 1, "top_frac": 1, "clip_low": 1, "operands": 12, "z_dim": 4096}
 autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
 
@@ -782,10 +780,9 @@ def token_entropy(logits):
 
 @torch.no_grad()
 def sample(model, tokenizer, begun, config, greedy=False, steer=None):
-    """Go on from each trajectory of `begun`, a prompt or a prefix, by `generate`; in order.
+    """Go on from each trajectory of `begun`, a prompt or a prefix, at temperature 1; in order.
 
-    Temperature 1, nothing truncated: what is noted is the sampling distribution. steer(rows,
-    column): a context manager for going on from those rows of begun, behind that column.
+    steer(rows, column): a context manager for going on from those rows, behind that column.
     """
     def draw(_, logits):  # the next token is drawn and noted here; `generate` is left no choice
         logp = logits.log_softmax(-1)
@@ -824,15 +821,13 @@ def stop_tokens(model):
     return eos if isinstance(eos, list) else [eos]
 
 def score(model, states, targets):
-    """ln π of tokens `targets` [N] at hidden states [N, H], and H_t there: [2, N].
-
-    Logits are made in chunks, and again in the backward pass: all at once they are gigabytes.
-    """
+    """ln π of tokens `targets` [N] at hidden states [N, H], and H_t there: [2, N]."""
     def part(states, targets):
         logits = model.get_output_embeddings()(states).float()
         logp = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
         return torch.stack([logp, token_entropy(logits)])
 
+    # logits are made in chunks, and again in the backward pass: all at once they are gigabytes
     size = max(1, LOGITS // model.config.vocab_size)
     chunks = zip(states.split(size), targets.split(size))
     return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks], 1)
@@ -872,10 +867,11 @@ def share(problems):
     return [replace(t, group=i) for i, t in enumerate(problems)][RANK::WORLD]
 
 def load_policy(config):
-    """The policy in fp32, and its tokenizer, padding on the left. Safetensors, no remote code."""
+    """The policy in fp32, and its tokenizer, which pads on the left."""
     name = config.model
     if name == "tiny":
         name = warm_start(config)
+        gather([])  # the other processes wait for the first
     elif name.startswith("Qwen") and not Path(name).exists():
         name = "Qwen/" + name.removeprefix("Qwen/")
     try:
@@ -898,9 +894,8 @@ def load_policy(config):
     return model.eval(), tokenizer
 
 def load_problems(config):
-    """Lists of (question, gold answer): to train on, and `eval_prompts` held-out ones.
-
-    Of a local file the last rows, never more than half, are held out. No question is on both sides.
+    """Lists of (question, gold answer): to train on, and `eval_prompts` held-out ones, of a local
+    file the last, never more than half.
     """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
@@ -925,16 +920,15 @@ def load_problems(config):
 
 def read_rows(table, name):
     """(question, final answer) of each row of a `datasets` table."""
-    questions = {"question", "problem", "prompt"}.intersection(table.column_names)
-    answers = {"answer", "solution"}.intersection(table.column_names)
-    if not questions or not answers:
-        fail(f"{name} needs a column question, problem or prompt, and a column answer or solution")
     pairs = []
-    for question, answer in zip(table[min(questions)], table[min(answers)]):
+    for row in table:
+        question = row.get("problem", row.get("prompt", row.get("question")))
+        answer = row.get("answer", row.get("solution"))
         gold = extract_answer(str(answer)) or str(answer).strip()
         if not question or answer is None or not 0 < len(gold) <= MAX_LENGTH:
-            fail(f"{name}: a row needs a question and an answer of at most {MAX_LENGTH} characters "
-                 f"(it may stand in \\boxed{{...}}), not {question!r:.50}, {answer!r:.50}")
+            fail(f"{name} needs a column question, problem or prompt, a column answer or solution, "
+                 f"and in each row a question and an answer of at most {MAX_LENGTH} characters, "
+                 f"unlike {row}")
         pairs.append((str(question), gold))
     return pairs
 
@@ -953,15 +947,15 @@ def encode(pairs, model, tokenizer, config):
         fail(f"the longest prompt and max_new_tokens make {longest} tokens, too many for the model")
     return problems
 
-# The tiny task is chain arithmetic modulo 10. The prompt is "3+4*2=\n"; a response rewrites the
-# expression one reduction a line and ends with the answer: "3+8\n1\n#1". Demonstrations reduce
-# rightly, but by habit the leftmost operator, any other now and then: the warm-started policy knows
-# arithmetic, and seldom tries the order that precedence asks for.
+# The tiny task: for "3+4*2=" a response does one operator a line, modulo 10, and ends with the
+# answer: "3+8\n1\n#1". Demonstrations have each line right, but by habit do the leftmost operator:
+# so the policy knows arithmetic, and seldom tries the order that precedence asks for.
 
 def reduce_at(expression, i):
     """Do the operator at index i, modulo 10: ("3+4*2", 3) -> "3+8"."""
-    value = OPERATORS[expression[i]](int(expression[i - 1]), int(expression[i + 1])) % 10
-    return expression[:i - 1] + str(value) + expression[i + 2:]
+    a, b = int(expression[i - 1]), int(expression[i + 1])
+    value = {"+": a + b, "-": a - b, "*": a * b}[expression[i]] % 10
+    return f"{expression[:i - 1]}{value}{expression[i + 2:]}"
 
 def chain_value(question):
     """The value by ordinary precedence, modulo 10: "3+4*2=" -> "1"."""
@@ -1011,28 +1005,20 @@ def warm_start(config):
     """The folder of a Qwen2 of 0.64 M parameters that has learnt demonstrations, made once."""
     low, high = config.operands
     folder = Path(f"runs/warm_start-habit-{config.habit}-{low}-{high}-{config.warm_steps}")
-    if RANK == 0 and not folder.exists():
-        save_lines(folder.parent / ".writable", [])  # fails now, if it must
-        torch.manual_seed(0)
-        tokenizer = tiny_tokenizer()
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-            tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
-        imitate(model.to(DEVICE), tokenizer, config)
-        save_atomically(folder, model.save_pretrained, tokenizer.save_pretrained)
-    gather([])  # the other processes wait for the first
-    return folder
-
-def imitate(model, tokenizer, config):
-    """Train the tiny policy on demonstrations, 64 a step."""
-    rng = random.Random(0)
+    if RANK > 0 or folder.exists():
+        return folder
+    torch.manual_seed(0)
+    tokenizer, rng = tiny_tokenizer(), random.Random(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(DEVICE)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
     muon = torch.optim.Muon(matrices, weight_decay=0.0)  # takes half the steps of AdamW here
     adam = torch.optim.AdamW(others, weight_decay=0.0)
-    for step in tqdm(range(config.warm_steps), "warm start", disable=QUIET):
-        digits = rng.randint(*config.operands)  # one length a batch: nothing to pad
+    for step in tqdm(range(config.warm_steps), "warm start", disable=None):
+        digits = rng.randint(low, high)  # one length a batch: nothing to pad
         questions = chain_questions(rng, [digits, digits], False, 64)
         pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
         problems = encode(pairs, model, tokenizer, config)
@@ -1046,6 +1032,8 @@ def imitate(model, tokenizer, config):
             optimizer.param_groups[0]["lr"] = lr * pace
             optimizer.step()
             optimizer.zero_grad()
+    save_atomically(folder, model.save_pretrained, tokenizer.save_pretrained)
+    return folder
 
 def own_tokens(trajectories):
     """How many tokens they sampled themselves, those of their parents not counted."""
@@ -1063,7 +1051,7 @@ def judge(trajectories, config):
 MAX_LENGTH, LARGEST, MAX_POWER, DIGITS = 300, 10**80, 100, 400  # what goes beyond is text [O]
 UNIT = (r"%|(?: m|[ckm]m|kg|ft|feet|inch|hour|day|month|dollar|degree|people)(?:\^[23])?|(?<=[ })])"
         r"(?!(?:time|equal|pair|halve|third|quarter|two|three|four|five|sixe|seven|eight|nine|ten|"
-        r"dozen|hundred|thousand|\w*illion|perhap)s)[a-z]{2,}[a-gj-rtv-z](?=s)")  # 42 pieces
+        r"dozen|hundred|thousand|\w*illion|perhap)s)[a-z]{2,}[a-gj-rtv-z](?=s)")  # plurals
 NESTED = [(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)"),
           (r"\\sqrt\{([^{}]*)\}|\bsqrt\(([^()]*)\)", r"((\1\2)^(1/2))"),
           (r"\\sqrt\[(\d+)\]\{([^{}]*)\}", r"((\2)^(1/\1))")]  # the innermost braces first
@@ -1096,7 +1084,7 @@ def extract_answer(text):
     return found[-1].strip() if found else None
 
 def value_at(node, point):
-    """The real number of a tree, each letter being a fixed one: "2/4" -> 1/2; else ValueError."""
+    """A syntax tree's real number, a letter being one that `point` fixes; else ValueError."""
     number = sympy.nan
     match node:
         case ast.Constant(n) if type(n) in (int, float): number = sympy.Rational(str(n))
@@ -1104,14 +1092,15 @@ def value_at(node, point):
         case ast.Name(x) if re.fullmatch(r"fact\d\d?", x): number = sympy.factorial(int(x[4:]))
         case ast.Name(x) if len(x) == 1: number = sympy.Rational(ord(x) ** point % 1009 + 1, 7)
         case ast.UnaryOp(ast.USub(), a): number = -value_at(a, point)
-        case ast.BinOp(a, ast.Add(), b): number = value_at(a, point) + value_at(b, point)
-        case ast.BinOp(a, ast.Sub(), b): number = value_at(a, point) - value_at(b, point)
-        case ast.BinOp(a, ast.Mult(), b): number = value_at(a, point) * value_at(b, point)
-        case ast.BinOp(a, ast.Div(), b): number = value_at(a, point) / value_at(b, point)
-        case ast.BinOp(a, ast.Pow(), b):
-            base, exponent = value_at(a, point), value_at(b, point)
-            if 1 / MAX_POWER < abs(exponent) <= MAX_POWER:  # higher roots come too near to 1
-                number = sympy.Float(base, DIGITS) ** exponent  # base < 0: complex, so no Float
+        case ast.BinOp(left, sign, right):
+            a, b = value_at(left, point), value_at(right, point)
+            match sign:
+                case ast.Add(): number = a + b
+                case ast.Sub(): number = a - b
+                case ast.Mult(): number = a * b
+                case ast.Div(): number = a / b
+                case ast.Pow() if 1 / MAX_POWER < abs(b) <= MAX_POWER:  # others come too near to 1
+                    number = sympy.Float(a, DIGITS) ** b  # a < 0: complex, so no Float
     exact = number.is_Rational and max(abs(number.p), number.q) < LARGEST
     if exact or number.is_Float and 1 / LARGEST < abs(number) < LARGEST:
         return number
@@ -1171,8 +1160,9 @@ def evaluate(model, tokenizer, problems, config, file=None):
     sampled.sort(key=lambda t: t.group)
     sums = Counter(greedy=sum(t.reward for t in greedy))
     for i in range(0, len(sampled), k):
-        texts = [t.text for t in sampled[i:i + k]]
-        right = [t.text for t in sampled[i:i + k] if t.reward]
+        batch = sampled[i:i + k]
+        texts = [t.text for t in batch]
+        right = [t.text for t in batch if t.reward]
         votes = Counter(map(extract_answer, texts))
         sums["pass@1"] += len(right) / k
         sums["pass@k"] += pass_at_k(k, len(right), k)
@@ -1180,9 +1170,9 @@ def evaluate(model, tokenizer, problems, config, file=None):
         sums["distinct_1"] += distinct_n(texts, 1)
         sums["distinct_4"] += distinct_n(texts, 4)
         sums["distinct_correct"] += len(set(right))
-        sums["length"] += own_tokens(sampled[i:i + k]) / k
+        sums["length"] += own_tokens(batch) / k
         if config.dataset == "chain":
-            sound = [text for text in right if is_sound(text, sampled[i].gold)]
+            sound = [text for text in right if is_sound(text, batch[0].gold)]
             sums["sound@1"] += len(sound) / k
             sums["sound@k"] += pass_at_k(k, len(sound), k)
             sums["distinct_sound"] += len(set(sound))
@@ -1192,9 +1182,7 @@ def evaluate(model, tokenizer, problems, config, file=None):
     return {name: value / len(problems) for name, value in sums.items()}
 
 def rollout_metrics(trajectories):
-    """What is logged of a step. eff_rate: share of problems whose rewards differ, which alone
-    teach; pass@k: of those solved; distinct_correct: different right responses a problem.
-    """
+    """What is logged of a step, as shares of its problems or means over its responses."""
     trajectories = gather(trajectories)
     tokens, count = own_tokens(trajectories), len(trajectories)
     groups = {t.group for t in trajectories}
@@ -1213,9 +1201,8 @@ def fail(message):
 
 def parse_config(script, argv):
     """A Config from flags, over a YAML file (sections `common` and `script`), over the defaults."""
-    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0],
-                              epilog="Without --model, tiny_config.yaml goes before the defaults.")
-    parser.add_argument("--config", help="a YAML file of these settings; flags win")
+    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("--config", help="YAML file (tiny_config.yaml without --model); flags win")
     parser.error = fail
     given, _ = parser.parse_known_args(argv)
     if given.config or given.model == "tiny":
@@ -1234,9 +1221,8 @@ def parse_config(script, argv):
     for name, value in values.items():
         for x in value if isinstance(value, list) else [value]:
             low = 1 if type(x) is int and name not in MAY_BE_0 else 0
-            high = AT_MOST.get(name, 10 ** 12)
-            if type(x) in (int, float) and not low <= x <= high:  # nan is not, either
-                fail(f"{name} must be from {low} to {high}, not {x}")
+            if type(x) in (int, float) and not low <= x <= 10 ** 12:  # nan is not, either
+                fail(f"{name} must be from {low} to 10^12, not {x}")
     config = Config(**values)
     if "{question}" not in config.prompt:
         fail("prompt must contain {question}")
@@ -1244,38 +1230,39 @@ def parse_config(script, argv):
         fail("operands must be the fewest and the most digits")
     if config.model == "tiny" and config.dataset != "chain":
         fail(f"the tiny policy knows only digits: --dataset {config.dataset} needs a --model")
+    if config.prompts_per_step < WORLD:
+        fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
     config.check()
     return config
 
 def save_atomically(path, *writers):
-    """Write to a temporary path, then rename it: nobody ever meets half a file or folder."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write beside `path`, then rename: nobody ever meets half a file or folder."""
+    if RANK > 0:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for write in writers:
-            write(temporary)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(".tmp", dir=path.parent) as temporary:
+            new = Path(temporary, path.name)
+            for write in writers:
+                write(new)
+            if path.is_dir():
+                shutil.rmtree(path)
+            new.replace(path)
     except (OSError, RuntimeError) as e:  # torch and safetensors have their own errors
-        shutil.rmtree(temporary, ignore_errors=True)
-        if temporary.is_file():
-            temporary.unlink()
         fail(f"cannot write {path}: {e}")
 
 def save_lines(path, rows):
     """Write a JSON line a row."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    if RANK == 0:
-        save_atomically(path, lambda temporary: temporary.write_text(text))
+    save_atomically(path, lambda new: new.write_text(text))
 
 def load_state(folder, config, parts):
     """What state.pt holds besides the `parts` (name: module or optimizer), which are restored."""
-    free = ("resume", "out", "show", "probe_heads", "max_steps", "max_tokens", "save_every")
+    may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every")
     try:
         state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
         for name, value in asdict(config).items():
-            if config.resume and name not in free and state["config"].get(name) != value:
+            if config.resume and name not in may_differ and state["config"].get(name) != value:
                 fail(f"{folder} was made with {name} {state['config'].get(name)!r}, not {value!r}")
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
@@ -1286,7 +1273,7 @@ def load_state(folder, config, parts):
 def run_folder(config):
     """The folder of the run: a new one, or with --resume the one that is there."""
     folder = Path(config.out or f"runs/{config.method}-{config.seed}")
-    if config.resume and not folder.is_dir():
+    if config.resume and not folder.exists():
         fail(f"there is no run in {folder} to resume")
     if folder.exists() and not config.resume:
         fail(f"{folder} exists: choose another --out, or go on with --resume")
@@ -1295,8 +1282,7 @@ def run_folder(config):
 def save_state(folder, state, parts):
     """Write state.pt, all that --resume needs."""
     tensors = {name: part.state_dict() for name, part in parts.items()}
-    if RANK == 0:
-        save_atomically(folder / "state.pt", lambda path: torch.save(state | tensors, path))
+    save_atomically(folder / "state.pt", lambda new: torch.save(state | tensors, new))
 
 def train(config):
     """Evaluate, train, evaluate again; returns the summary."""
@@ -1307,18 +1293,19 @@ def train(config):
     extra = prepare(model, config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     parts = {"model": model, "optimizer": optimizer, "extra": extra}
-    state = {"config": asdict(config), "before": {}, "log": []}
+    state = {"config": asdict(config), "log": []}
     if (folder / "state.pt").exists():
         state = load_state(folder, config, parts)
-    log = state["log"]
+    log = state["log"]  # one list: what is appended is saved
     save_lines(folder / "metrics.jsonl", log)  # fails now, if it must
-    if not state["before"]:
+    if "before" not in state:
         state["before"] = evaluate(model, tokenizer, heldout, config)
-        save_state(folder, state, parts)
 
     tokens = sum(line["tokens_sampled"] for line in log)
     while len(log) < config.max_steps and tokens < (config.max_tokens or math.inf):
         step = len(log)
+        if step % config.save_every == 0:
+            save_state(folder, state, parts)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
         try:
             metrics = training_step(model, tokenizer, optimizer, extra, problems, config, step)
@@ -1332,36 +1319,33 @@ def train(config):
         tokens += metrics["tokens_sampled"]
         shown = [f"{name} {metrics[name]:.2f}" for name in ("reward", "eff_rate", "entropy")]
         print(f"step {step + 1}, {tokens:,} tokens:", *shown, flush=True)
-        if len(log) % config.save_every == 0:
-            save_state(folder, state, parts)
     save_state(folder, state, parts)
 
     after = evaluate(model, tokenizer, heldout, config, folder / "samples.jsonl")
     summary = {"before": state["before"], "after": after, "config": asdict(config),
                "seconds": time.time() - began}
     save_lines(folder / "summary.json", [summary])
-    if RANK == 0:
-        save_atomically(folder / "model", model.save_pretrained, tokenizer.save_pretrained)
+    save_atomically(folder / "model", model.save_pretrained, tokenizer.save_pretrained)
     print_table(folder, summary)
     return summary
 
 def print_table(folder, summary):
     """Before and after training, and what GRPO got with this seed where such a run is at hand."""
-    columns = {"before": summary["before"], "after": summary["after"]}
-    grpo = folder.with_name(f"grpo-{summary['config']['seed']}") / "summary.json"
+    table, config = pandas.DataFrame({"before": summary["before"]}), summary["config"]
+    table["after"] = pandas.Series(summary["after"])
+    grpo = folder.with_name(f"grpo-{config['seed']}") / "summary.json"
     if grpo.exists() and grpo.parent != folder:
-        columns["GRPO's"] = json.loads(grpo.read_text())["after"]
-    else:
-        print("\nto compare: python iiblpo.py --method grpo, then this command with --resume")
-    print("\n" + " " * 18 + "".join(f"{title:>9}" for title in columns))
-    for name in summary["after"]:
-        values = [column.get(name, math.nan) for column in columns.values()]
-        print(f"{name:18}" + "".join(f"{value:9.3f}" for value in values))
-    print(f"{summary['seconds']:.0f} s; everything is in {folder}")
+        other = json.loads(grpo.read_text())
+        alike = ("model", "dataset", "habit", "max_tokens")
+        if all(other["config"][name] == config[name] for name in alike):
+            table["GRPO's"] = pandas.Series(other["after"])
+    elif config["method"] != "grpo":
+        print("\nto compare: iiblpo.py --method grpo, then this command once more, with --resume")
+    print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
 
 def main(argv=None):
     """The command line; returns the run's summary."""
-    config = parse_config(Path(__file__).stem, sys.argv[1:] if argv is None else list(argv))
+    config = parse_config(Path(__file__).stem, sys.argv[1:] if argv is None else argv)
     if WORLD > 1 and not torch.distributed.is_initialized():
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

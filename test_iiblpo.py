@@ -12,6 +12,7 @@ import resource
 import shlex
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import datasets
@@ -31,19 +33,19 @@ import transformers
 from pytest import approx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import tensor
-from torch.nn import functional as F
 
 import ib_tpo as tpo
 import iiblpo as m
 
 HERE = Path(__file__).parent
 KINDS = ["Qwen2", "Qwen3", "Llama"]
-# aimed at: 1,100 and 900 lines, 52,000 and 43,000 bytes, functions of 40 lines
-BUDGET = {"columns": 100, "function_lines": 56, "iiblpo.py": (1380, 72500), "ib_tpo.py": (1130, 58000)}
+# lines, bytes and the longest method; aimed at: 1,100, 52,000 and 900, 43,000, functions of 40 lines
+BUDGET = {"columns": 100, "function_lines": 45, "iiblpo.py": (1375, 72_300, 430), "ib_tpo.py": (1105, 56_600, 330)}
 each = pytest.mark.parametrize
 SCRIPTS = ("iiblpo.py", "ib_tpo.py")
 benchmark = pytest.mark.benchmark
 seed = torch.manual_seed
+TINY = m.tiny_tokenizer()
 
 def config(*flags):
     return m.parse_config("iiblpo", list(map(str, flags)))
@@ -67,7 +69,7 @@ def folder(tmp_path, monkeypatch):
     """A working directory to write to, with a model folder `policy`."""
     monkeypatch.chdir(tmp_path)
     small_model().save_pretrained("policy")
-    m.tiny_tokenizer().save_pretrained("policy")
+    TINY.save_pretrained("policy")
     return tmp_path
 
 def by_checksum(batch, config):
@@ -80,18 +82,18 @@ def rewarded(folder, monkeypatch):
     for script in (m, tpo):
         monkeypatch.setattr(script, "judge", by_checksum)
 
-SMALL = ["--config", HERE / "tiny_config.yaml", "--model", "policy", "--max_new_tokens", 12, "--max_steps", 4,
-         "--eval_prompts", 4, "--eval_samples", 2, "--max_tokens", 0, "--save_every", 2, "--lr", 1e-3]
-QUICK = [*SMALL, "--prompts_per_step", 4, "--rollouts", 4, "--initial", 2, "--branches", 2, "--keep", 2,
-         "--cvae_pairs", 24, "--cvae_steps", 3]
-TREES = [*SMALL, "--prompts_per_step", 3, "--tree", 2, 3, 1, 1]
+SMALL = [f"--config={HERE / 'tiny_config.yaml'}", *"--model policy --max_new_tokens 12 --max_steps 4 "
+         "--eval_prompts 4 --eval_samples 2 --max_tokens 0 --save_every 2 --lr 1e-3".split()]
+QUICK = [*SMALL, *"--prompts_per_step 4 --rollouts 4 --initial 2 --branches 2 --keep 2 --cvae_pairs 24 "
+         "--cvae_steps 3".split()]
+TREES = [*SMALL, *"--prompts_per_step 3 --tree 2 3 1 1".split()]
 
 def run(*flags):
     return m.main(list(map(str, [*QUICK, *flags])))
 
 def prompts(*texts):
-    tokenizer = m.tiny_tokenizer()
-    return [m.Trajectory(tokenizer(t).input_ids, group=i) for i, t in enumerate(texts)]
+    texts = texts or ("1+2=\n", "3*4*5-6+7=\n", "9-9=\n")
+    return [m.Trajectory(TINY(t).input_ids, group=i) for i, t in enumerate(texts)]
 
 def refused(capsys, *flags, script=m):
     """The one line that a mistake ends in."""
@@ -107,17 +109,14 @@ def metrics(folder):
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(x).items() if k not in ("rollout_s", "update_s")} for x in lines]
 
-class Grab:
+def grabber(model):
     """An optimizer that keeps the gradient instead of stepping."""
+    grads = []
 
-    def __init__(self, model):
-        self.model, self.grads = model, []
+    def step():
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
 
-    def step(self):
-        self.grads.append(torch.cat([p.grad.flatten().clone() for p in self.model.parameters()]))
-
-    def zero_grad(self):
-        self.model.zero_grad()
+    return SimpleNamespace(step=step, zero_grad=model.zero_grad, grads=grads)
 
 def bpe_tokenizer(texts):
     """A small byte-level BPE that cuts words as Qwen2 does: ".\\n\\n" may be one token."""
@@ -159,15 +158,13 @@ def test_flags_win_over_the_file_over_the_defaults(tmp_path):
 
 @each("text, message", [
     ("common: {max_step: 3}", "--max_step"), ("common: {lr: fast}", "'fast'"), ("- a\n- b", "sections"),
-    ("iiblpo: {max_steps: 1.5}", "'1.5'"), ("common: {method: ppo}", "'ppo'"), ("lr: [", "cannot read"),
-    ("", ""), ("common: {lr: }", "None"), ("common: {operands: [2]}", "operands"), ("common: {1: 2}", "1")])
+    ("common: {method: ppo}", "'ppo'"), ("lr: [", "cannot read"), ("common: {operands: [2]}", "operands")])
 def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
     (tmp_path / "c.yaml").write_text(text)
     assert message in refused(capsys, "--config", tmp_path / "c.yaml")
 
 @each("flags, message", [
-    ("--max_step 3", "--max_step"), ("--lr x", "--lr"), ("--rollouts 0", "rollouts"), ("--prompt x", "{q"),
-    ("--operands 5 3", "operands"), ("--initial 4", "below rollouts"), ("--config no.yml", "no.yml"),
+    ("--prompt x", "{q"), ("--operands 5 3", "operands"), ("--initial 4", "below rollouts"),
     ("--resume", "to resume"), ("--out policy", "policy exists"), ("--out policy/config.json/x", "cannot"),
     ("--max_new_tokens 9999", "too many for the model"), ("--top_frac 1.1", "top_frac"),
     ("--operands 2 3 --eval_prompts 900", "there are not 900"), ("--dataset none.jsonl", "none.jsonl"),
@@ -183,7 +180,7 @@ def test_every_number_has_its_range(script, capsys):
                 "kappa lr clip_low eval_every clip_high entropy_bonus top_frac max_grad_norm lam kl").split()
     may_be_0.append("beta" if script is m else "rollouts")
     for name, default in asdict(script.Config()).items():
-        for text in ["-1", "nan", "inf", "1e30", "9" * 30, "", "0"] * (not isinstance(default, (bool, str))):
+        for text in ["-1", "nan", "1e30", "9" * 30, "0"] * (not isinstance(default, (bool, str))):
             count = len(default) if isinstance(default, list) else 1
             flags = ["--model", "x", "--" + name, *[text] * count]
             if text == "0" and name in may_be_0:
@@ -205,15 +202,14 @@ def test_chain_arithmetic():
             assert b in [m.reduce_at(a, i) for i in range(1, len(a), 2)]
         assert lines[-1] == "#" + lines[-2] and m.chain_value(q) == str(eval(q[:-1]) % 10)
 
-@each("habit", [0, 0.75, 1])
-def test_habit_is_the_share_of_leftmost_reductions(habit):
-    rng, left, expected, variance = random.Random(0), 0, 0.0, 1e-9
+def test_habit_is_the_share_of_leftmost_reductions():
+    rng, left, expected, variance = random.Random(0), 0, 0.0, 0.0
     for q in m.chain_questions(rng, [3, 7], False, 1500):
-        lines = [q[:-1], *m.demonstration(q, rng, habit).split("\n")]
+        lines = [q[:-1], *m.demonstration(q, rng, 0.75).split("\n")]
         for a, b in zip(lines, lines[1:-1]):
             results = [m.reduce_at(a, i) for i in range(1, len(a), 2)]
             if results.count(results[0]) == 1 < len(results):  # else nobody can tell what was reduced
-                p = habit + (1 - habit) / len(results)
+                p = 0.75 + 0.25 / len(results)
                 left, expected, variance = left + (b == results[0]), expected + p, variance + p * (1 - p)
     assert expected > 1000 and abs(left - expected) <= 4 * math.sqrt(variance)
 
@@ -230,10 +226,6 @@ def test_copying_the_question_earns_nothing():
     assert [t.reward for t in batch] == [1, 0, 0, 0, 1, 0]
     m.judge(batch, config("--model", "x"))  # where answers are mathematics, 1+0 is 1
     assert [t.reward for t in batch] == [1, 0, 1, 0, 1, 0]
-
-def test_the_tiny_tokenizer_survives_its_folder(folder):
-    t, text = transformers.PreTrainedTokenizerFast.from_pretrained("policy"), "3+4*2=\n7*2\n#4"
-    assert len(t) == 18 and len(t(text).input_ids) == len(text) and t.decode(t(text).input_ids) == text
 
 def test_a_warm_start_is_made_once_and_never_in_halves(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -258,10 +250,9 @@ def write_lines(rows):
 
 def test_local_files_of_each_kind(folder):
     write_lines(ROWS)
-    Path("d.json").write_text(json.dumps(ROWS))
     other = [{"prompt": r["question"], "solution": rf"so \boxed{{{2 * i}}}"} for i, r in enumerate(ROWS)]
     datasets.Dataset.from_list(other).to_parquet("d.parquet")
-    for name in ("d.jsonl", "d.json", "d.parquet"):
+    for name in ("d.jsonl", "d.parquet"):
         train, heldout = m.load_problems(config("--model", "x", "--dataset", name, "--eval_prompts", 8))
         assert (len(train), train[3], heldout[0]) == (32, ("What is 3+3?", "6"), ("What is 32+32?", "64"))
     write_lines(ROWS[:8] + ROWS[:6])  # half is held out at most, and no question is on both sides
@@ -269,12 +260,11 @@ def test_local_files_of_each_kind(folder):
     assert len(heldout) == 7 and [q for q, _ in train] == ["What is 6+6?"]
 
 @each("rows, message", [
-    ([], "cannot load the dataset"), ([{"q": "a", "answer": "b"}] * 9, "column question"), (ROWS[:1], ""),
+    ([], "cannot load the dataset"), ([{"q": "a", "answer": "b"}] * 9, "column question"),
     ([{"question": "a", "a": "b"}] * 9, "column answer"), (ROWS[:1] * 9, "not held out"),
-    (ROWS[:5] + [{"question": "x", "answer": None}], "an answer of"), (b"[1, 2]\n[3]\n", "d.jsonl"),
-    (ROWS[:5] + [{"question": "", "answer": "5"}], "a question"), (b'{"question": "a", \n' * 9, "d.jsonl"),
-    (ROWS[:2] + [{"question": "x", "answer": "so " * 200}], "at most 300 characters"),
-    ('{"question": "né?", "answer": "5"}\n'.encode("latin-1") * 9, "d.jsonl")])
+    (ROWS[:5] + [{"question": "x", "answer": None}], "an answer of"),
+    (ROWS[:5] + [{"question": "", "answer": "5"}], "a question"), (b"[1, 2]\n[3]\n", "d.jsonl"),
+    (ROWS[:2] + [{"question": "x", "answer": "so " * 200}], "at most 300 characters")])
 def test_bad_data_is_one_line(folder, capsys, rows, message):
     Path("d.jsonl").write_bytes(rows) if isinstance(rows, bytes) else write_lines(rows)
     assert message in refused(capsys, *QUICK, "--dataset", "d.jsonl", "--out", "run")
@@ -282,34 +272,31 @@ def test_bad_data_is_one_line(folder, capsys, rows, message):
 
 # ---- sampling, and PSA
 
-def steered(kind="Qwen2", *flags, scale=10):
+def steered(*flags, kind="Qwen2", scale=10):
     """A policy, and latents with weights large enough to matter."""
-    model, tokenizer = small_model(kind), m.tiny_tokenizer()
+    model = small_model(kind)
     c = config("--z_dim", 4, "--max_new_tokens", 14, "--micro_tokens", 90, "--rollouts", 99, *flags)
     seed(5)
     latents = m.prepare(model, c)
     for p in latents[1].parameters():
         p.data *= scale
-    return model, tokenizer, c, latents
+    return model, c, latents
 
 def steer(psa, batch, z):
     """`psa.steer` in the columns of last_states, where column P + t is token t."""
     P = max(len(t.prompt) for t in batch)
     return psa.steer(z, tensor([P + t.start - 1 for t in batch]))
 
-def catch_latents(monkeypatch, psa):
-    """A dictionary that will know the latent of each branch."""
-    found, real = {}, m.sample
+def catch_latents(monkeypatch, cvae):
+    """A list of the latents that will be drawn, in the order of the branches: first ones of all, second ones."""
+    found, real = [], cvae.sample
 
-    def spy(model, tokenizer, begun, config, greedy=False, steer=None):
-        out = real(model, tokenizer, begun, config, greedy, steer)
-        if steer:
-            with monkeypatch.context() as patch:
-                patch.setattr(psa, "steer", lambda z, born: z)
-                found.update(zip(out, steer(list(range(len(begun))), 0)))
-        return out
+    def spy(prefix, k):
+        z = real(prefix, k)
+        found.extend(z.transpose(0, 1).flatten(0, 1))
+        return z
 
-    monkeypatch.setattr(m, "sample", spy)
+    monkeypatch.setattr(cvae, "sample", spy)
     return found
 
 def slow_tokens(model, psa, t, z=None):
@@ -323,17 +310,16 @@ def slow_tokens(model, psa, t, z=None):
     def rotate(x):
         return x * cos + torch.cat([-x[:, D // 2:], x[:, :D // 2]], -1) * sin
 
-    def norm(x, w):
-        return w * x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt()
-
     for l, layer in enumerate(layers, L - len(layers)):  # below 0: not steered
-        w, h, out, a, sees = layer.input_layernorm.weight, [], [], layer.self_attn, z is not None and l >= 0
+        h, out, a, sees = [], [], layer.self_attn, z is not None and l >= 0
         if sees:
             key, value = (psa.gamma * (p.weight @ z).view(L, KV, 1, D)[l] for p in (psa.to_key, psa.to_value))
             change = psa.gamma * (psa.to_norm.weight @ z).view(L, -1)[l]
         for i in range(n):
-            fades = 0.5 ** ((i - born) / psa.halflife) if psa.halflife else 1
-            h.append(norm(x[i], w + fades * change if sees and i >= born else w))
+            w = layer.input_layernorm.weight
+            if sees and i >= born:
+                w = w + change * (0.5 ** ((i - born) / psa.halflife) if psa.halflife else 1)
+            h.append(w * x[i] / (x[i].pow(2).mean() + c.rms_norm_eps).sqrt())
         q, k, v = (p(torch.stack(h)).view(n, -1, D) for p in (a.q_proj, a.k_proj, a.v_proj))
         for i, j in itertools.product(range(n), range(c.num_attention_heads)):
             g = j * KV // c.num_attention_heads
@@ -342,45 +328,43 @@ def slow_tokens(model, psa, t, z=None):
                 keys, values = torch.cat([key[g], keys]), torch.cat([value[g], values])
             out.append((rotate(q[:, j])[i] @ keys.T / D ** 0.5).softmax(-1) @ values)
         x = x + a.o_proj(torch.cat(out).view(n, -1))
-        h = norm(x, layer.post_attention_layernorm.weight)
-        x = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h))
-    p = (norm(x, model.model.norm.weight) @ model.lm_head.weight.T).softmax(-1)[len(t.prompt) - 1:-1]
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    p = model.lm_head(model.model.norm(x)).softmax(-1)[len(t.prompt) - 1:-1]
     return torch.stack([q[o].log() for q, o in zip(p, t.response)]), -(p * p.log()).sum(-1)
 
 @each("kind, flags", [(kind, []) for kind in KINDS] + [
     ("Qwen2", ["--psa_layers", 2, "--psa_halflife", 3, "--psa_gamma", 0.7]), ("Qwen3", ["--psa_layers", 0])])
 def test_recorded_log_probs_are_those_of_a_teacher_forced_pass(kind, flags, monkeypatch):
     """Prompts and prefixes of many lengths, several generate calls; bare, then steered."""
-    model, tokenizer, c, latents = steered(kind, "--generate_tokens", 150, "--top_frac", 0.6, *flags)
+    model, c, latents = steered("--generate_tokens", 150, "--top_frac", 0.6, *flags, kind=kind)
     starts = prompts("1+2=\n", "3*4*5-6+7=\n", "9-9-9=\n", "1=\n", "2+2+2+2=\n") * 2
     seed(1)
-    parents = m.sample(model, tokenizer, starts, c)
-    latent = catch_latents(monkeypatch, latents[1])
-    children = m.branch(model, tokenizer, latents, parents, c)
-    assert [t.prompt for t in parents] == [t.prompt for t in starts] and list(latent) == children
+    parents, drawn = m.sample(model, TINY, starts, c), catch_latents(monkeypatch, latents[0])
+    children = m.branch(model, TINY, latents, parents, c)
+    assert [t.prompt for t in parents] == [t.prompt for t in starts]
     assert len({t.start for t in children}) > 3 < len({len(t.response) for t in parents})
     passes, effects = [*zip(parents, *m.token_logps(model, parents))], []
-    with steer(latents[1], children, torch.stack(list(latent.values()))):
-        passes += [*zip(children, *m.token_logps(model, children))]
+    with steer(latents[1], children, torch.stack(drawn)):
+        passes += zip(children, *m.token_logps(model, children))
     for t, logp, entropy, mask in passes:
         n, own, before = len(t.response), slice(t.start, len(t.response)), slice(t.start or len(t.response))
         assert t.complete == (t.response[-1] == 1) and 1 not in t.response[:-1] and 14 in (n, t.complete * 14)
-        assert t.text == tokenizer.decode(t.response, skip_special_tokens=True) and len(t.entropy) == n
+        assert t.text == TINY.decode(t.response, skip_special_tokens=True) and len(t.entropy) == n
         assert mask.nonzero().flatten().tolist() == list(range(t.start, n))
         assert (logp[own] - t.logps[own]).abs().max() < 1e-4 > (entropy[own] - t.entropy[own]).abs().max()
         bare, H = teacher_forced(model, t)
-        if t not in latent or t.start:  # a prefix was sampled without a latent
+        if t in parents or t.start:  # a prefix was sampled without a latent
             assert (bare - t.logps)[before].abs().max() < 1e-4 > (H - t.entropy)[before].abs().max()
-        effects += [(bare - t.logps)[own].abs().max().item()] * (t in latent)
+        effects += [(bare - t.logps)[own].abs().max().item()] * (t in children)
     assert min(effects) > 1e-4 and max(effects) > 1e-2
 
 def test_outside_steer_and_with_gamma_0_the_model_is_bit_for_bit_the_bare_one():
     model, c, starts = small_model(), config("--max_new_tokens", 9), prompts("1+2=\n", "3*4*5-6=\n")
-    batch, keys, z = m.sample(model, m.tiny_tokenizer(), starts, c), {*model.state_dict()}, torch.ones(2, 16)
+    batch, keys, z = m.sample(model, TINY, starts, c), {*model.state_dict()}, torch.ones(2, 16)
 
     def look():
         seed(0)
-        drawn = m.sample(model, m.tiny_tokenizer(), starts, c)
+        drawn = m.sample(model, TINY, starts, c)
         logits = model(tensor([starts[0].prompt])).logits
         return [logits, *m.token_logps(model, batch), *[t.logps for t in drawn]]
 
@@ -395,7 +379,7 @@ def test_outside_steer_and_with_gamma_0_the_model_is_bit_for_bit_the_bare_one():
         assert same(bare, look())
 
 def test_a_prefix_is_untouched_by_its_branches_latents():
-    model, _, _, (_, psa) = steered()
+    model, _, (_, psa) = steered()
     t = m.Trajectory([5, 12, 6], response=[3, 4, 12, 5, 6, 7], start=3)
     ids, logits, born = tensor([t.prompt + t.response]), [], 3 + 3 - 1
     for z in torch.randn(2, 1, 4):
@@ -409,9 +393,9 @@ def test_sampling_follows_the_policy():
     """At temperature 1 from the softmax of the raw logits."""
     model, start, c = small_model(), prompts("1+2=\n"), config("--max_new_tokens", 1)
     p = model(tensor([start[0].prompt])).logits[0, -1].softmax(-1)
-    drawn = tensor([t.response[0] for t in m.sample(model, m.tiny_tokenizer(), start * 4000, c)])
+    drawn = tensor([t.response[0] for t in m.sample(model, TINY, start * 4000, c)])
     assert (torch.bincount(drawn, minlength=18) / 4000 - p).abs().max() < 0.04
-    assert m.sample(model, m.tiny_tokenizer(), start, c, greedy=True)[0].response == [p.argmax()]
+    assert m.sample(model, TINY, start, c, greedy=True)[0].response == [p.argmax()]
 
 def test_micro_batches():
     sizes = random.Random(0).sample(range(1, 90), 50)
@@ -450,16 +434,16 @@ def test_latents_are_drawn_from_the_prior():
     assert not posterior.mean.allclose(cvae.posterior(c, x.flip(0)).mean, atol=1e-3)
     assert prior.mean.allclose(cvae.prior(7 * c + 3).mean, atol=1e-3)  # features are standardised
 
-def begun(model, tokenizer, c):
+def begun(model, c):
     """Prefixes of many lengths, and how they went on."""
     seed(2)
-    batch = m.sample(model, tokenizer, prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n", "1+1+2=\n"), c)
+    batch = m.sample(model, TINY, prompts() + prompts("1+1+2=\n"), c)
     return [replace(t, start=len(t.response) // 2) for t in batch]
 
 def test_the_latents_loss_is_the_elbo_of_the_steered_policy(monkeypatch):
-    model, tokenizer, c, (cvae, psa) = steered("Qwen2", "--psa_halflife", 4, "--psa_layers", 2)
+    model, c, (cvae, psa) = steered("--psa_halflife", 4, "--psa_layers", 2)
     cvae.posterior_net[-1].weight.data *= 9
-    batch, seen, real, e, kl = begun(model, tokenizer, c), [], psa.steer, [[], []], torch.zeros(4)
+    batch, seen, real, e, kl = begun(model, c), [], psa.steer, [[], []], torch.zeros(4)
     monkeypatch.setattr(psa, "steer", lambda z, born: seen.append(z) or real(z, born))
     seed(1)
     loss, logps, fast_kl = m.latent_loss(model, (cvae, psa), batch, *m.features(model, batch, c))
@@ -482,8 +466,8 @@ def test_the_latents_loss_is_the_elbo_of_the_steered_policy(monkeypatch):
     assert all(p.grad.abs().sum() > 0 for p in [*cvae.parameters(), *psa.parameters()])
 
 def test_alternatives_begin_with_the_likeliest_tokens_where_the_policy_hesitates():
-    model, tokenizer, c, _ = steered("Qwen2", "--cvae_pairs", 50, "--top_frac", 0.3)
-    pairs, tokens = m.alternatives(model, tokenizer, prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n") * 8, c)
+    model, c, _ = steered("--cvae_pairs", 50, "--top_frac", 0.3)
+    pairs, tokens = m.alternatives(model, TINY, prompts() * 8, c)
     tried = {}
     assert tokens > m.own_tokens(pairs) + 24
     for t in pairs:
@@ -494,27 +478,27 @@ def test_alternatives_begin_with_the_likeliest_tokens_where_the_policy_hesitates
     assert 20 < len(pairs) <= 50 and sum(len(x) > 1 for x in tried.values()) > 5
 
 def test_training_the_latents_lowers_the_loss_and_leaves_the_policy_alone(monkeypatch):
-    model, tokenizer, c, latents = steered("Qwen2", "--cvae_steps", 60, "--micro_tokens", 999, scale=1)
-    pairs, before = begun(model, tokenizer, c) * 4, [p.clone() for p in model.parameters()]
+    model, c, latents = steered("--cvae_steps", 60, "--micro_tokens", 999, scale=1)
+    pairs, before = begun(model, c) * 4, [p.clone() for p in model.parameters()]
     monkeypatch.setattr(m, "alternatives", lambda *a: (pairs, 7))
     e = m.features(model, pairs, c)
     first = m.latent_loss(model, latents, pairs, *e)[0]
     latents[1].gamma = 0.0  # they are trained at full strength, whatever it has faded to
-    report = m.train_latents(model, tokenizer, latents, [], c)
+    report = m.train_latents(model, TINY, latents, [], c)
     assert m.latent_loss(model, latents, pairs, *e)[0] < first - 1 < first - 2 + report["z_gain"]
     assert same(before, model.parameters()) and 0 <= report["active_dims"] <= 4
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 def test_branches_share_the_budget_first_ones_first(monkeypatch):
-    model, tokenizer, c, latents = steered("Qwen2", "--branches", 2)
+    model, c, latents = steered("--branches", 2)
     parents = prompts("1=\n", "2=\n", "3=\n")
     for t, n in zip(parents, (5, 8, 4)):
         t.response = [3] * n
     prefixes = [replace(t, response=[3, 3], start=2) for t in parents]
     monkeypatch.setattr(m, "prefixes_to_branch", lambda *a: prefixes)
-    found = {0: [], 2: [], 3: [0], 10: [0, 1], 11: [0, 1, 2], 20: [0, 1, 2, 0, 1], math.inf: [0, 1, 2] * 2}
+    found = {2: [], 3: [0], 10: [0, 1], 11: [0, 1, 2], 20: [0, 1, 2, 0, 1], math.inf: [0, 1, 2] * 2}
     for parts, budget in itertools.product((latents, []), found):  # they expect 3, 6, 2, 3, 6, 2 tokens
-        assert [t.group for t in m.branch(model, tokenizer, parts, parents, c, budget)] == found[budget]
+        assert [t.group for t in m.branch(model, TINY, parts, parents, c, budget)] == found[budget]
 
 # ---- stage 2, and formulas
 
@@ -537,24 +521,6 @@ def test_select_top_n():
     assert select([0., 1, 0, 1, 0], no, 1) == [1]  # one is kept: nothing can differ
     assert select([1.] * 5, no, 1, groups=(0, 0, 0, 4, 4)) == [1, 3]
 
-def test_answer_gain_by_hand():
-    """ln π(a* | q, r̄, cue) - ln π(a* | q, cue), in nats a token of the answer; the tiny cue is #."""
-    model, tokenizer, c, _ = steered()
-    batch, before = prompts("1+2=\n", "9-9=\n", "2=\n"), ["4+1\n", "0\n", "12"]
-    for t, t.gold, t.text in zip(batch, ("3", "17", "2"), ("4+1\n#3", "0\n###5", "12")):
-        pass
-    for t, own, gain in zip(batch, before, m.answer_gain(model, tokenizer, batch, c).tolist()):
-        probes = [m.Trajectory(t.prompt, response=tokenizer(x + "#" + t.gold).input_ids) for x in (own, "")]
-        a, b = (teacher_forced(model, p)[0][-len(t.gold):].mean().item() for p in probes)
-        assert gain == approx(a - b, abs=1e-5)
-
-def test_ib_self_reward_has_a_gradient_through_the_entropy():
-    H = tensor([[1., 2.], [3., 4.]], requires_grad=True)
-    value = m.ib_self_reward(H, tensor([2., -1.]), tensor([[1, 1], [1, 0]]))
-    value.backward()
-    assert value.item() == approx((2 + 4 - 3) / 3)
-    assert H.grad.flatten().tolist() == approx([2 / 3, 2 / 3, -1 / 3, 0])
-
 def test_token_entropy():
     assert m.token_entropy(torch.zeros(2, 3, 8)).allclose(torch.full((2, 3), math.log(8)))
     assert m.token_entropy(tensor([0.5, 0.25, 0.25]).log()).item() == approx(1.5 * math.log(2), abs=1e-6)
@@ -563,42 +529,17 @@ def test_token_entropy():
     m.token_entropy(x).backward()
     assert x.grad.isfinite().all()
 
-def slow_advantage(t, peers):
-    rewards = [p.reward for p in peers if p.group == t.group]
-    mean = sum(rewards) / len(rewards)
-    return (t.reward - mean) / (math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards)) + 1e-4)
-
-def test_group_advantages_by_hand_and_slowly():
+def test_group_advantages_by_hand():
     # group 7: rewards 1 0 0 1 -> mean 1/2, population std 1/2; group 3: equal rewards -> 0; 8: alone -> 0
     a = m.group_advantages(tensor([1., 0, 3, 0, 1, 3, 9]), tensor([7, 7, 3, 7, 7, 3, 8]))
     assert a.tolist() == approx([0.5 / 0.5001, -0.5 / 0.5001, 0, -0.5 / 0.5001, 0.5 / 0.5001, 0, 0])
-    rewards, groups = torch.rand(50), torch.randint(0, 9, (50,))
-    ts = [m.Trajectory([], group=g, reward=r) for g, r in zip(groups.tolist(), rewards.tolist())]
-    slow = [slow_advantage(t, ts) for t in ts]
-    assert m.group_advantages(rewards, groups).tolist() == approx(slow, abs=1e-4)
 
-def test_what_is_kept_of_one_reward_stands_for_what_was_dropped():
-    ts = [m.Trajectory([], group=i // 4, reward=r) for i, r in enumerate([1., 0., 0., 0., 1., 0.])]
-    m.set_advantages(ts, [ts[0], ts[2], ts[4], ts[5]])
-    std, half = math.sqrt(3) / 4 + 1e-4, 0.5 / 0.5001  # of 1 0 0 0, whose mean is 1/4
-    assert [ts[i].advantage for i in (0, 2, 4, 5)] == approx([0.75 / std, 3 * -0.25 / std, half, -half])
-
-def test_policy_loss_by_hand_and_slowly():
+def test_policy_loss_by_hand():
     # ratios 2 and 1/2 with A = 1 and clip 0.2: min(2, 1.2) = 1.2 and min(0.5, 0.8) = 0.5, mean 0.85
-    logp, ones = tensor([[math.log(2.0), math.log(0.5)]]), torch.ones(1, 2)
+    logp, mask = tensor([[math.log(2.0), math.log(0.5), 9.0]]), tensor([[1, 1, 0]])
     for A, method, value in ((1, "grpo", -0.85), (-1, "grpo", (2 + 0.8) / 2), (1, "dapo", -(1.28 + 0.5) / 2)):
-        c = config("--method", method)
-        assert m.policy_loss(logp, 0 * logp, tensor([A]), ones, c)[0].item() == approx(value)
-    logp, old, mask = -torch.rand(5, 7), -torch.rand(5, 7), torch.rand(5, 7) < 0.7
-    for A in (torch.randn(5), torch.randn(5, 7)):
-        terms, cut = [], 0
-        for i, t in mask.nonzero().tolist():
-            r, a = math.exp(logp[i, t] - old[i, t]), (A[i, t] if A.ndim == 2 else A[i]).item()
-            terms.append(-min(r * a, min(max(r, 0.9), 1.3) * a))
-            cut += r > 1.3 and a > 0 or r < 0.9 and a < 0
-        loss, stats = m.policy_loss(logp, old, A, mask, config("--clip_low", 0.1, "--clip_high", 0.3))
-        assert loss.item() == approx(sum(terms) / len(terms), abs=1e-6)
-        assert stats["clipped"] == approx(cut / len(terms))
+        loss, stats = m.policy_loss(logp, 0 * logp, tensor([A]), mask, config("--method", method))
+        assert loss.item() == approx(value) and stats["clipped"] == 0.5
 
 def test_pass_at_k_by_enumeration_and_distinct_n():
     for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
@@ -617,13 +558,10 @@ def test_what_is_logged_of_rollouts_by_hand():
                    "entropy": approx(23 / 11), "tokens_sampled": 11}
 
 def test_evaluation_by_hand(monkeypatch, tmp_path):
-    answers = [["#1", "3+8\n1\n#1", "2 #2", "7*2\n#1"], ["#5", "#5", "9-5\n#4", "x\n#4"]]  # golds 1 and 4
-
-    def fake(model, tokenizer, problems, config, greedy=False):
-        turns = list(map(iter, answers))
-        return [replace(t, text=next(turns[t.group]), response=[1, 1, 1]) for t in problems]
-
-    monkeypatch.setattr(m, "sample", fake)
+    answers = [["#1", "#1", "3+8\n1\n#1", "2 #2", "7*2\n#1"],  # of gold 1: the greedy one, then four
+               ["#5", "#5", "#5", "9-5\n#4", "x\n#4"]]  # of gold 4
+    monkeypatch.setattr(m, "sample", lambda model, tokenizer, problems, config, greedy=False: [
+        replace(t, text=answers[t.group].pop(0), response=[1, 1, 1]) for t in problems])
     problems = [m.Trajectory([], question="q", gold=gold) for gold in "14"]
     found = m.evaluate(None, None, problems, config("--eval_samples", 4), tmp_path / "s")
     assert found == approx({"greedy": 1 / 2, "pass@1": (3 / 4 + 2 / 4) / 2, "pass@k": 1, "maj@k": 1 / 2,
@@ -634,38 +572,31 @@ def test_evaluation_by_hand(monkeypatch, tmp_path):
     assert lines[2] == {"question": "q", "answer": "1", "response": "2 #2", "reward": 0.0} and len(lines) == 8
 
 def test_a_sound_response_keeps_the_value_of_the_problem_in_every_line():
-    for text, sound in {"3+8\n1\n#1": 1, "#1": 1, "7*2\n4\n#1": 0, "7*2\n": 0, "3+8\n\n#1": 0, "3+\n#1": 0,
-                        "3+8=\n#1": 0, "(1)\n#1": 0, "٣-2\n#1": 0, "11\n#1": 0, "3+8 \n#1": 0}.items():
+    for text, sound in {"3+8\n1\n#1": 1, "#1": 1, "7*2\n4\n#1": 0, "3+8\n\n#1": 0, "3+\n#1": 0,
+                        "3+8=\n#1": 0, "٣-2\n#1": 0, "11\n#1": 0}.items():
         assert m.is_sound(text, "1") == bool(sound)
-    questions = m.chain_questions(random.Random(0), [4, 7], True, 99)
-    for q in questions:  # in the right order, every line has the value; from left to right, some have not
-        line, response = q[:-1], ""
-        while len(line) > 1:
-            line = m.reduce_at(line, max(1, line.find("*")))
-            response += line + "\n"
-        assert m.is_sound(response + "#" + line, m.chain_value(q))
-    habitual = [m.is_sound(m.demonstration(q, random.Random(0), 1), m.chain_value(q)) for q in questions]
-    assert 0.1 < sum(habitual) / 99 < 0.6
 
 # ---- the whole step against slow loops
 
 def explored(monkeypatch, *flags):
     """A step of the method up to its update, with known latents."""
-    model, tokenizer, c, latents = steered(
-        "Qwen2", *"--branches 3 --initial 2 --keep 3 --top_frac .3 --kappa .2 --beta .7".split(),
-        "--max_grad_norm", 1e9, *flags)
+    model, c, latents = steered(
+        *"--branches 3 --initial 2 --keep 3 --top_frac .3 --kappa .2 --beta .7 --max_grad_norm 1e9".split(), *flags)
     monkeypatch.setattr(m, "judge", by_checksum)
-    latent = catch_latents(monkeypatch, latents[1])
-    problems = m.share(m.encode([("1+2*3=", "7"), ("9-4=", "5")], model, tokenizer, c))
+    drawn = catch_latents(monkeypatch, latents[0])
+    problems = m.share(m.encode([("1+2*3=", "7"), ("9-4=", "15")], model, TINY, c))
     seed(8)
-    return model, tokenizer, c, latents, latent, *m.explore(model, tokenizer, latents, problems, c)
+    return model, c, latents, drawn, *m.explore(model, TINY, latents, problems, c)
 
 def test_a_slow_reference_reproduces_the_method(monkeypatch):
     """Ω, Î, Ĥ, S_IB, the selection, the advantages, the loss and its gradient."""
-    model, tokenizer, c, (cvae, psa), latent, candidates, kept = explored(monkeypatch)
-    scores = m.ib_scores(model, tokenizer, candidates, c)
+    model, c, (cvae, psa), drawn, candidates, kept = explored(monkeypatch)
+    scores = m.ib_scores(model, TINY, candidates, c)
+    alike = [replace(candidates[0], text=text) for text in ("9###5", "9#1", "9")]  # the answer is cut off
+    assert len(set(m.answer_gain(model, TINY, alike, c).tolist())) == 1
     gains, sums, expected, terms = [], [], [], []
-    assert len(candidates) == 16 and list(latent) == candidates[4:]
+    assert len(candidates) == 16
+    latent = dict(zip(candidates[4:], drawn, strict=True))
     for t, parent in zip(candidates, itertools.cycle(candidates[:4])):
         logp, H = slow_tokens(model, psa, t)
         if t in latent:
@@ -677,8 +608,8 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
         assert (logp - t.logps).abs().max() < 1e-5 and (H - t.entropy).abs().max() < 2e-5
         value = []
         for x in (t.text[:t.text.rindex("#")].rstrip("#") if "#" in t.text else t.text, ""):
-            probe = m.Trajectory(t.prompt, response=tokenizer(x + "#" + t.gold).input_ids)
-            value.append(slow_tokens(model, psa, probe)[0][-1].item())  # the answer is one token
+            probe = m.Trajectory(t.prompt, response=TINY(x + "#" + t.gold).input_ids)
+            value.append(slow_tokens(model, psa, probe)[0][-len(t.gold):].mean().item())
         gains.append(value[0] - value[1])
         sums.append(H.sum().item())
     for g in (0, 1):
@@ -697,12 +628,14 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
     for t in kept:
         t.logps = t.logps + 0.3 * torch.randn(len(t.logps))  # as after other updates: clipping takes part
         alike = [[p for p in ts if (p.group, p.reward) == (t.group, t.reward)] for ts in (candidates, kept)]
-        A = slow_advantage(t, candidates) * len(alike[0]) / len(alike[1])
+        rewards = [p.reward for p in candidates if p.group == t.group]
+        A = (t.reward - statistics.fmean(rewards)) / (statistics.pstdev(rewards) + 1e-4)
+        A *= len(alike[0]) / len(alike[1])
         logp, H = slow_tokens(model, psa, t)  # of the bare policy
         for i in range(t.start, len(t.response)) if A else ():  # a prefix belongs to its parent
             r = (logp[i] - t.logps[i]).exp()
             terms.append(-torch.minimum(r * A, r.clamp(0.8, 1.2) * A) - 0.2 * A * H[i])
-    loss, grab = sum(terms) / len(terms), Grab(model)
+    loss, grab = sum(terms) / len(terms), grabber(model)
     slow, stats = gradient(loss, model), m.update(model, grab, kept, c)
     assert stats["loss"] == approx(loss.item(), abs=1e-5) and stats["clipped"] > 0
     assert far(grab.grads[0], slow) < 1e-5 and stats["tokens_trained"] == len(terms)
@@ -710,10 +643,10 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
 
 def test_the_ratio_of_a_branch_is_its_importance_weight(monkeypatch):
     """1 for what the bare policy sampled; π bare over π steered for what a latent steered."""
-    model, _, c, _, _, candidates, _ = explored(monkeypatch)
+    model, c, *_, candidates, _ = explored(monkeypatch)
     for t in candidates:
         t.advantage = 1.0
-    first, then = (m.update(model, Grab(model), batch, c) for batch in (candidates[:4], candidates[4:]))
+    first, then = (m.update(model, grabber(model), batch, c) for batch in (candidates[:4], candidates[4:]))
     assert first["ratio"] == approx(1, abs=1e-5) and first["clipped"] == 0 and first["branch_ess"] == 1
     weights = torch.cat([(teacher_forced(model, t)[0] - t.logps)[t.start:] for t in candidates[4:]]).exp()
     assert then["ratio"] == approx(weights.mean().item(), abs=1e-4) and abs(then["ratio"] - 1) > 1e-2
@@ -724,71 +657,55 @@ def test_exploring_keeps_the_initial_rollouts_and_the_token_budget(monkeypatch):
     monkeypatch.setattr(m, "branch", lambda *a: calls.append((a[-1], real(*a))) or calls[-1][1])
     *_, candidates, kept = explored(monkeypatch, "--rollouts", 4, "--ib_rounds", 2)
     (budget, branches), (left, more) = calls
-    first = candidates[:4]
-    assert candidates == first + branches + more and kept[:4] == first
-    assert budget == m.own_tokens(first) * (4 / 2 - 1) and left == budget - m.own_tokens(branches)
+    assert candidates == candidates[:4] + branches + more and kept[:4] == candidates[:4]
+    assert budget == m.own_tokens(candidates[:4]) * (4 / 2 - 1) and left == budget - m.own_tokens(branches)
 
 # ---- update
 
 def batch_for_update(model, n=12):
     seed(3)
-    starts = prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n") * (n // 3)
-    batch = m.sample(model, m.tiny_tokenizer(), starts, config("--max_new_tokens", 15))
+    batch = m.sample(model, TINY, prompts() * (n // 3), config("--max_new_tokens", 15))
     for t, t.advantage in zip(batch, torch.randn(n).tolist()):
         t.logps = t.logps + 0.3 * torch.randn(len(t.logps))  # ratios away from 1: clipping takes part
     return batch
 
 @each("method", ["iiblpo", "entropy_reg"])
 def test_micro_batches_and_logits_in_chunks_give_the_gradient_of_the_whole_batch(method, monkeypatch):
-    model, slow = small_model(vocab_size=50), 0
+    model, terms = small_model(vocab_size=50), []
     flags = ["--method", method, "--max_grad_norm", 1e9, "--entropy_bonus", 0.1]
     batch = batch_for_update(model)
-    for t in batch:
+    batch[0].advantage = 0.0  # skipped, in the mean too, unless its entropy counts
+    for t in batch[method == "iiblpo":]:
         (logp, H), A = teacher_forced(model, t), t.advantage
         r, bonus = (logp - t.logps).exp(), 0.1 if method == "entropy_reg" else 0.005 * A
-        slow = slow - (torch.minimum(r * A, r.clamp(0.8, 1.2) * A) + bonus * H).sum() / m.own_tokens(batch)
-    grad = gradient(slow, model)
-    for tokens, logits in ((10 ** 6, 2 ** 25), (60, 2 ** 25), (1, 2 ** 25), (10 ** 6, 300)):
+        terms.append(-torch.minimum(r * A, r.clamp(0.8, 1.2) * A) - bonus * H)
+    parts = [torch.cat(terms[i::2]) for i in (0, 1)]
+    loss, grads = torch.cat(parts).mean().item(), [gradient(part.mean(), model) for part in parts]
+    grad = sum(len(part) * g for part, g in zip(parts, grads)) / sum(map(len, parts))
+    for flag, value, logits, slow in (("--micro_tokens", 60, 2 ** 25, [grad]), ("--micro_tokens", 2048, 300, [grad]),
+                                      ("--updates_per_step", 2, 2 ** 25, grads)):
         monkeypatch.setattr(m, "LOGITS", logits)
-        grab = Grab(model)
-        stats = m.update(model, grab, batch, config("--micro_tokens", tokens, *flags))
-        assert stats["loss"] == approx(slow.item(), abs=1e-5) and far(grab.grads[0], grad) < 1e-5
-
-def test_trajectories_without_advantage_cost_no_pass(monkeypatch):
-    model, seen, real = small_model(), [], m.token_logps
-    batch, grab = batch_for_update(model), Grab(model)
-    for t in batch[:5]:
-        t.advantage = 0.0
-    monkeypatch.setattr(m, "token_logps", lambda model, b: seen.extend(b) or real(model, b))
-    stats = m.update(model, grab, batch, config("--updates_per_step", 2))
-    assert m.update(model, grab, batch[:5], config())["tokens_trained"] == 0 and len(grab.grads) == 2
-    assert set(seen) == set(batch[5:]) and stats["tokens_trained"] == m.own_tokens(batch[5:])
-
-def test_a_gradient_that_is_not_finite_raises_and_changes_nothing():
-    model = small_model()
-    batch, before = batch_for_update(model), [p.clone() for p in model.parameters()]
-    batch[0].logps, batch[0].advantage = batch[0].logps - math.inf, -1.0
-    with pytest.raises(FloatingPointError, match="gradient is not finite"):
-        m.update(model, torch.optim.AdamW(model.parameters()), batch, config())
-    assert same(before, model.parameters())
+        grab = grabber(model)
+        stats = m.update(model, grab, batch, config(flag, value, *flags))
+        assert all(far(a, b) < 1e-5 for a, b in zip(grab.grads, slow, strict=True))
+        assert slow is grads or stats["loss"] == approx(loss, abs=1e-5)
+    assert m.update(model, grab, batch[:1], config())["tokens_trained"] == 0 and len(grab.grads) == 2
 
 def test_dapo_samples_in_the_place_of_prompts_that_teach_nothing(monkeypatch):
     c = config("--method", "dapo", "--prompts_per_step", 3, "--rollouts", 2, "--max_new_tokens", 6)
     rewards = {0: [1, 1], 1: [1, 0], 2: [0, 0], 3: [0, 1], 4: [1, 1], 5: [1, 0]}  # two to replace, then one
     monkeypatch.setattr(m, "judge", lambda ts, c: [setattr(t, "reward", rewards[t.group].pop()) for t in ts])
     seed(1)
-    candidates, kept = m.baseline_rollouts(small_model(), m.tiny_tokenizer(), prompts(*["1=\n"] * 50), c)
+    candidates, kept = m.baseline_rollouts(small_model(), TINY, prompts(*["1=\n"] * 50), c)
     assert sorted(t.group for t in candidates) == sorted([0, 1, 2, 3, 4, 5] * 2)
     assert kept == [t for t in candidates if t.group in (1, 3, 5) and t.complete] and 0 < len(kept) < 6
 
 # ---- runs
 
-def dies_at_call(n, real):
-    """`real`, interrupted at its n-th call."""
-    calls = itertools.count(1)
-
+def dies_at_step_3(real):
+    """`real`, interrupted at step 3 of the run `part`."""
     def dies(*args):
-        if next(calls) == n:
+        if len(metrics("part")) == 3:
             raise KeyboardInterrupt
         return real(*args)
 
@@ -801,7 +718,6 @@ def test_a_run_writes_what_it_promises_and_goes_on_exactly(rewarded, method, mon
     log, state = metrics("whole"), torch.load("whole/state.pt")
     keys = "reward eff_rate entropy pass@k distinct_correct tokens_sampled tokens_trained trajectories loss"
     assert [x["step"] for x in log] == [0, 1, 2, 3] and all(set(keys.split()) <= x.keys() for x in log)
-    assert {"config", "before", "log", "model", "optimizer"} <= state.keys() and len(state["log"]) == 4
     keys = set("greedy pass@1 pass@k maj@k distinct_1 distinct_4 distinct_correct length "
                "sound@1 sound@k distinct_sound".split())
     assert summary["before"].keys() == keys == summary["after"].keys()
@@ -811,10 +727,9 @@ def test_a_run_writes_what_it_promises_and_goes_on_exactly(rewarded, method, mon
     first = small_model()
     assert same(saved.values(), state["model"].values()) and not same(saved.values(), first.parameters())
     seed(99)  # whatever happened before
-    with monkeypatch.context() as patch:
-        patch.setattr(m, "update", dies_at_call(4, m.update))
-        with pytest.raises(KeyboardInterrupt):
-            run(*flags, "--out", "part")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(m, "update", dies_at_step_3(m.update))
+        run(*flags, "--out", "part")
     assert metrics("part") == log[:3] and len(torch.load("part/state.pt")["log"]) == 2
     file = Path("part/metrics.jsonl")
     file.unlink() if method == "grpo" else file.write_text(file.read_text()[:99])  # cut by a crash
@@ -844,9 +759,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint(fol
         return real(model, *others)
 
     monkeypatch.setattr(m, "take_step", step)
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit, match="not finite at step 3; run/state.pt"):  # a message: exit code 1
         run("--method", "entropy_reg", "--out", "run", "--save_every", 1)
-    assert "not finite at step 3" in e.value.code and "run/state.pt" in e.value.code  # a message: exit code 1
     assert len(torch.load("run/state.pt")["log"]) == 3 == len(metrics("run"))
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(rewarded, capsys):
@@ -907,7 +821,7 @@ def test_show_into_head_and_a_terminal_of_ascii(folder):
 
 # ---- real models
 
-def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeypatch, ):
+def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeypatch):
     """BPE tokenizer without pad token, Llama, chat template, JSONL: the path that a hub model takes."""
     monkeypatch.chdir(tmp_path)
     prompt = config("--model", "x").prompt
@@ -921,26 +835,20 @@ def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeyp
     flags = [*QUICK, "--model", "chat", "--dataset", "d.jsonl", "--prompt", prompt]
     loaded, t = m.load_policy(config(*flags))
     (problem,) = m.encode([("What is 1+1?", "2")], loaded, t, config(*flags))
-    text = t.decode(problem.prompt)
-    assert text.startswith("<s><|user|>What is 1+1?\nReason") and text.endswith("\\boxed{}.<|end|>")
+    assert t.decode(problem.prompt) == f"<s><|user|>{prompt.replace('{question}', 'What is 1+1?')}<|end|>"
     assert problem.prompt.count(0) == 1 and t.pad_token_id == 1 and t.padding_side == "left"
     batch = m.sample(loaded, t, [problem] * 99, config(*flags))
     assert len({t.response[0] for t in batch}) > 9  # top_k is not 1 any more
     assert {t.response[-1] for t in batch if t.complete} == {1, 3}
     assert run(*flags, "--out", "run", "--max_steps", 2)["after"]["length"] <= 12
 
-def spoil_weights():
-    Path("policy/model.safetensors").unlink()
-    Path("policy/model.safetensors").write_bytes(b"no")
-
 def without_eos():
     small_model(eos_token_id=None).save_pretrained("policy")
     Path("policy/generation_config.json").unlink()
-    backend = m.tiny_tokenizer().backend_tokenizer
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained("policy")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=TINY.backend_tokenizer).save_pretrained("policy")
 
 @each("spoil, message", [
-    (spoil_weights, "cannot load the model policy"), (without_eos, "no end-of-sequence token"),
+    (without_eos, "no end-of-sequence token"),
     (lambda: Path("policy/tokenizer.json").unlink(), "cannot load the model policy"),
     (lambda: small_model(initializer_range=math.inf).save_pretrained("policy"), "finite"),
     (lambda: small_model("Granite", logits_scaling=8.0).save_pretrained("policy"), "scales or caps its")])
@@ -1009,64 +917,69 @@ def test_no_text_reaches_an_evaluator(script):
 
 @each("name", ["iiblpo.py", "ib_tpo.py"])
 def test_the_budgets(name):
-    text = (HERE / name).read_text(encoding="utf-8")
+    text, (lines, size, longest) = (HERE / name).read_text(encoding="utf-8"), BUDGET[name]
     for i, line in enumerate(text.splitlines(), 1):
         assert sum(not unicodedata.combining(c) for c in line) <= BUDGET["columns"], f"line {i}"
-    assert text.count("\n") <= BUDGET[name][0] and len(text.encode()) <= BUDGET[name][1]
+    assert text.count("\n") <= lines and len(text.encode()) <= size
+    before, method, _ = re.split(r"^# ==== (?:Stage 1|IBTree).*|^# =+\n# What only .*", text, flags=re.M)
+    assert before.count("\n") < 150 and method.count("\n") <= longest
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
     assert [n.name for n in functions if n.end_lineno - n.lineno >= BUDGET["function_lines"]] == []
     top = [n.name for n in ast.parse(text).body if hasattr(n, "name")]
     assert len(top) == len(set(top))  # no name hides another
 
 # ---- verifiable reward
-EQUAL = r"""1,000|1000 ; 0.5|\frac12 ; \frac{3}{4}|3/4 ; \dfrac34|0.75 ; 2\frac{1}{2}|2.5 ; 2 1/2|5/2 ; -2\frac12|-2.5 ; 50\%|0.5 ; 50\%|50 ; \sqrt{8}|2\sqrt2 ;
-\sqrt[3]{27}|3 ; 2^{10}|1024 ; \frac{\pi}{2}|0.5\pi ; 2x+1|1+2x ; (x+1)^2|x^2+2x+1 ; x=5|5 ; \$18.00|18 ; 90^\circ|90 ; 5\text{ cm}|5 ;
-12 dollars|12 ; (1,\frac12)|(1,0.5) ; [0,1)|[0,1.0) ; \{1,2\}|\{2,1\} ; 1,2|2, 1 ; (-\infty, 3]|(-\infty,3] ; \text{Yes}|yes ;
-\left(1,2\right)|(1,2) ; x \in [1,2]|[1,2] ; 007|7 ; 3.0|3 ; \text{(A)}|(A) ; 1.5\times 10^{3}|1500 ; \frac{x}{2}|x/2 ; 6.|6 ;
-\frac{\sqrt{3}}{2}|\frac{3}{2\sqrt{3}} ; −3|-3 ; \$1,234.50|1234.5 ; 25\,\text{m}^2|25 ; 10^{-2}|0.01 ; 10\,000|10000 ; 10{,}000|10000 ;
-1{,}000|1000 ; 10,\!080|10080 ; 1,234.50|1234.5 ; 1,234,567|1234567 ; 1e5|100000 ; 3!|6 ; 42\text{ pieces}|42 ; 42 pieces|42 ; 42 pints|42 ;
-42 pigs|42 ; 42 pies|42 ; 42 pictures|42 ; 1 hour|1 ; \frac{1}{2}\text{ pies}|0.5 ; 1 \text{ or } 2|1,2 ; 2\text{ and }1|1,2 ; ‑3|-3 ; –3|-3 ;
-( 1 , 2 )|(1,2) ; \begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix}1\\2\end{pmatrix} ; 2 \frac{1}{2}|2.5 ; 2xy|2yx ; 20%|20 ; 20%|0.2 ;
--0.5%|-0.005 ; Monday|monday ; \text{No solution}|no solution ; 3 \sqrt 2|\sqrt{18} ; 2\pi r|2r\pi ; 5 cm|5.0 cm ; 2 \left(x+1\right)|2x+2 ;
-(x + 1) (x - 2)|x^2-x-2 ; 1-\sqrt{2}, 1+\sqrt{2}|1+\sqrt2,1-\sqrt2 ; 5\text{ cm}^{2}|5\text{ cm}^2 ; 2^{100}|1267650600228229401496703205376 ;
-$\frac{1}{2}$|0.5 ; \(5\)|5 ; .5|1/2 ; 2*sqrt(3)|\sqrt{12} ; \$5|5 dollars"""
-UNEQUAL = r"""1|2 ; 0.333|1/3 ; \pi|3.14 ; (1,2)|(2,1) ; (1,2]|[1,2] ; (1,2)|1,2 ; listen|silent ; x+1|x-1 ; |0 ; 9^{9^9}|3 ; 1/0|1/0.0 ; 2^{10}|1023 ; x^2|2x ;
-\sqrt{2}|1.41421356 ; 1,2|1,2,2 ; 50\%|0.05 ; 5|x ; 12|1,2 ; (1,234)|1234 ; 1e3|1000.5 ; -1|1 ; \frac12|2 ; x²|x2 ; ٣|3 ; \sqrt{x^2}|x"""
-ATTACKS = r"""...|0 ; ..|0 ; .|0 ; \ldots|0 ; \infty-\infty|0 ; \infty/\infty|1 ; 0/0|0 ; 0/0|1 ; 1/0|2/0 ; 5:30|5:30 PM ; no|on ; BA|AB ; \,|\, ; ...|... ; ()|() ;
-x|X ; 42 or 23|42 ; 42 minus 2|42 ; 42 minus 2|40 ; 42 is wrong|42 ; 42 million|42 ; 42\text{ million}|42 ; 42 millions|42 ; 42 hundred|42 ;
-42 dozen|42 ; 42 dozens|42 ; 42 plus|42 ; 42 minus|42 ; 42 times|42 ; 42 percent|42 ; 42 half|42 ; 42 halves|42 ; 42 wrong|42 ; 42 or|42 ;
-42 twos|42 ; 42 thirds|42 ; 5 km|5 kg ; 5 cm|5 cm^2 ; 5 pigs|5 pies ; \$5|5 km ; 5%|5 km ; 5 feet 3|5 ; 5 feet 3|53 ; 6 7|42 ; 6 7|67 ; 6 (7)|42 ;
-(6) (7)|42 ; 6 .7|6.7 ; 4\,2|8 ; 4\,2|42 ; 1\,000|0 ; 4\text{ and }2|42 ; 4\text{ and }2|8 ; 4\text{2}|42 ; 2{3}|6 ; 2{3}|23 ; x2|2x ; lno|lon ;
-50%|0.05 ; 50%|50.5 ; 500%|5% ; 1, 234|1234 ; 5 # wrong|5 ; True|1 ; None|0 ; \sqrt{x^2}|-x ; \sqrt{x^2y^2}|xy ; \sqrt{-1}|-1 ; \sqrt{-4}|2 ;
-10^{30}|10^{30}+1 ; 10^{-79}|0 ; 1+10^{-79}|1 ; \sqrt{10^{60}}|1000000000000000000000000000001 ; 10^{-60}\sqrt2+1-1|0 ; \sqrt2+10^{-60}|\sqrt2 ;
-2^{10^{-60}}|1 ; 0.12345678901234567890|0.12345678901234567891 ; [5]|5 ; \text{}|0 ; __class__|0 ; x.y|xy ; 1/x|1/X ; i^2|-1.0"""
-EQUAL, UNEQUAL, ATTACKS = (table.replace("\n", " ").split(" ; ") for table in (EQUAL, UNEQUAL, ATTACKS))
-HOSTILE = ["__import__('os').system('touch /tmp/owned')", "().__class__", "lambda: 0", "9" * 10 ** 6, "9^9^9^9^9", "(" * 5000, "(" * 300, "99!",
-           "2^{2^{2^{2^{2^{9}}}}}", r"\frac{" * 200, "{" * 300, "x^{999999999}", "(((x^{200})^{200})^{200})^{200}", "1" + "0" * 198, "5\n%", "*x",
-           r"\sqrt{" + "7" * 90 + "}", "1/(1-1)", "0^{-1}", "٣٤", "\x00", "5!" * 50, "sqrt" * 40, "((2^{200})^{200})^{200}", "(-2)^{pi}", "1_0",
-           "(1+x)^{200}-(1+y)^{200}", "x^{y^{z}}", "oo-oo", "pi^{pi^{pi}}", "1" * 99 + "^{199}", ",".join("123456789" * 10), "(" * 90 + ")" * 90,
-           "0.{1}" * 30, "x" * 200, "(-8)^{1/3}", "--" * 90 + "1", "-" * 299 + "1", "1.2.3", "{" + "^" * 50, r"\text{" * 40 + "}" * 40, "\\" * 299,
-           "((((x+y+z))^199)^(199/100))^(2/3)", "sqrt(67+x*" * 12 + "2" + ")" * 12, r"\sqrt{1-" * 9 + r"\sqrt{2}" + "}" * 9, "." * 10 ** 6, "\ud800",
-           "(((((2^(1/2))^199)^199)^199)^199)^199", "[" * 150, "a*" * 149 + "b", "+".join("abcdef" * 20), "'\\d'", "f'{1}'", "0x1F", "x:=1",
-           "2^" * 149 + "2", "1/" * 149 + "3", "1 if 2 else 3", "(9^99)^99*" * 29 + "1", "1," * 149 + "1", "%" * 300, "50%" * 99, "\n" * 300]
 
-@pytest.mark.parametrize("equal, pair", [(True, pair) for pair in EQUAL] + [(False, pair) for pair in UNEQUAL + ATTACKS])
+EQUAL = r"""0.5|\frac12 ; -2\frac12|-2.5 ; 50\%|0.5 ; 50\%|50 ; \sqrt{8}|2\sqrt2 ; \sqrt[3]{27}|3 ;
+(x+1)^2|x^2+2x+1 ; (1,\frac12)|(1,0.5) ; \text{No solution}|no solution ;
+\frac{\sqrt{3}}{2}|\frac{3}{2\sqrt{3}} ; \$1,234.50|1234.5 ; 10^{-2}|0.01 ; 10\,000|10000 ; 10{,}000|10000 ;
+10,\!080|10080 ; 1,234.50|1234.5 ; 1,234,567|1234567 ; 1e5|100000 ; 3!|6 ; 42 pies|42 ; 1 hour|1 ;
+25\,\text{m}^2|25 ; \frac{1}{2}\text{ pies}|0.5 ; 2\text{ and }1|1,2 ; ‑3|-3 ; –3|-3 ; ( 1 , 2 )|(1,2) ;
+\begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix}1\\2\end{pmatrix} ; 2 \frac{1}{2}|2.5 ; 2xy|2yx ;
+-0.5%|-0.005 ; 3 \sqrt 2|\sqrt{18} ; 2\pi r|2r\pi ; 5 cm|5.0 cm ; 2 \left(x+1\right)|2x+2 ;
+1-\sqrt{2}, 1+\sqrt{2}|1+\sqrt2,1-\sqrt2 ; 2^{100}|1267650600228229401496703205376 ; $\frac{1}{2}$|0.5 ;
+\(5\)|5 ; .5|1/2 ; 2*sqrt(3)|\sqrt{12} ; \$5|5 dollars"""
+UNEQUAL = r"""0.333|1/3 ; \pi|3.14 ; (1,2)|(2,1) ; (1,2]|[1,2] ; (1,2)|1,2 ; listen|silent ; x+1|x-1 ;
+9^{9^9}|3 ; 1/0|1/0.0 ; \sqrt{2}|1.41421356 ; 1,2|1,2,2 ; 50\%|0.05 ; 5|x ; 12|1,2 ; (1,234)|1234 ; 1e3|1000.5 ;
+x²|x2 ; ٣|3 ; \sqrt{x^2}|x ; \infty-\infty|0 ; 0/0|0 ; 1/0|2/0 ; 5:30|5:30 PM ; no|on ; BA|AB ; x|X ;
+42 or 23|42 ; 42 minus 2|40 ; 42 is wrong|42 ; 42 million|42 ; 42 millions|42 ; 42 dozens|42 ; 42 times|42 ;
+42 percent|42 ; 42 halves|42 ; 42 twos|42 ; 42 thirds|42 ; 42 or|42 ; 5 km|5 kg ; 5 cm|5 cm^2 ; 5 pigs|5 pies ;
+5%|5 km ; 5 feet 3|5 ; 5 feet 3|53 ; 6 7|42 ; 6 7|67 ; 6 (7)|42 ; (6) (7)|42 ; 6 .7|6.7 ; 4\,2|42 ;
+4\text{ and }2|42 ; 4\text{2}|42 ; 2{3}|23 ; x2|2x ; 500%|5% ; 1, 234|1234 ; 5 # wrong|5 ; True|1 ; None|0 ;
+\sqrt{-1}|-1 ; 10^{30}|10^{30}+1 ; 10^{-79}|0 ; 1+10^{-79}|1 ; \sqrt2+10^{-60}|\sqrt2 ; 10^{-60}\sqrt2+1-1|0 ;
+\sqrt{10^{60}}|1000000000000000000000000000001 ; 2^{10^{-60}}|1 ;
+0.12345678901234567890|0.12345678901234567891 ; [5]|5 ; __class__|0 ; x.y|xy ; i^2|-1.0 ; x|x=5 ; 2 or 3|3 ;
+dollars|\$5 ; cm|5 cm"""
+EQUAL, UNEQUAL = (table.replace("\n", " ").split(" ; ") for table in (EQUAL, UNEQUAL))
+HOSTILE = [
+    "__import__('os').system('touch /tmp/owned')", "().__class__", "lambda: 0", "9" * 10 ** 6, "9^9^9^9^9",
+    "(" * 300, "99!", "2^{2^{2^{2^{2^{9}}}}}", r"\frac{" * 200, "x^{999999999}",
+    "(((x^{200})^{200})^{200})^{200}", "\x00", "1_0", "1" + "0" * 198, "5\n%", "*x", r"\sqrt{" + "7" * 90 + "}",
+    "1/(1-1)", "0^{-1}", "5!" * 50, "sqrt" * 40, "(-2)^{pi}", "((2^{200})^{200})^{200}",
+    "(1+x)^{200}-(1+y)^{200}", "x^{y^{z}}", "pi^{pi^{pi}}", "1" * 99 + "^{199}", "x" * 200,
+    ",".join("123456789" * 10), "(" * 90 + ")" * 90, "(-8)^{1/3}", "-" * 299 + "1", "1.2.3", "{" + "^" * 50,
+    "\\" * 299, r"\text{" * 40 + "}" * 40, "sqrt(67+x*" * 12 + "2" + ")" * 12,
+    r"\sqrt{1-" * 9 + r"\sqrt{2}" + "}" * 9, "\ud800", "(((((2^(1/2))^199)^199)^199)^199)^199",
+    "a*" * 149 + "b", "'\\d'", "f'{1}'", "0x1F", "x:=1", "2^" * 149 + "2", "1/" * 149 + "3", "1 if 2 else 3",
+    "(9^99)^99*" * 29 + "1", "1," * 149 + "1", "%" * 300, "\n" * 300]
+
+@each("equal, pair", [(True, pair) for pair in EQUAL] + [(False, pair) for pair in UNEQUAL])
 def test_equal_answers_are_and_unequal_ones_and_attacks_are_not(equal, pair):
     a, b = pair.split("|")
     assert m.verify(a, b) == m.verify(b, a) == equal and (m.verify(a, a) or not equal)
 
 def test_an_empty_answer_equals_nothing():
-    empty = [None, "", " ", ".", "...", ". . .", "\\,", "$$", "\\text{}", "()", "\\left(\\right)", "x="]
-    assert not any(m.verify(nothing, gold) for nothing in empty for gold in ["", "0", "...", " ", "none", "None", *empty[1:]])
+    empty = [None, "", " ", "...", ". . .", "\\,", "$$", "\\text{}", "()", "\\left(\\right)", "x="]
+    assert not any(m.verify(nothing, gold) for nothing in empty for gold in ["0", " ", "none", *empty[1:]])
 
-def test_extract_answer():
-    assert m.extract_answer(r"\boxed{1} so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}" and m.extract_answer("a\n#### ") is None
-    assert m.extract_answer("18 is\n#### 1,800\nbye") == "1,800" and m.extract_answer("3+8\n1\n#1") == "1"
-    assert m.extract_answer("nothing") is None and m.extract_answer("#") is None and m.extract_answer(r"\boxed{never closed") is None
-    assert m.extract_answer("#2\n#") == "2" and m.extract_answer(r"it is $\boxed 7$.") == "7" and m.extract_answer(r"\fbox{x}") == "x"
-    assert not m.verify(m.extract_answer(r"\boxed{...}"), "...") and m.extract_answer(r"#### 3 \boxed{\text{a {b}}}") == r"\text{a {b}}"
+@each("text, answer", [
+    (r"\boxed{1} so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), ("a\n#### ", None), ("nothing", None), ("#2\n#", "2"),
+    ("18 is\n#### 1,800\nbye", "1,800"), ("3+8\n1\n#1", "1"), (r"\boxed{never closed", None), (r"\fbox{x}", "x"),
+    (r"it is $\boxed 7$.", "7"), (r"#### 3 \boxed{\text{a {b}}}", r"\text{a {b}}")])
+def test_extract_answer(text, answer):
+    assert m.extract_answer(text) == answer
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "#", "# ", "\\boxed ", "{", "}", "\\boxed{}", "\\fbox{{", "####\n", " ", "#x"])
+@each("piece", ["\\boxed{", "#", "\\boxed ", "{", "}", "\\boxed{}", "####\n", " "])
 def test_extraction_from_a_megabyte_is_linear(piece):
     start = time.perf_counter()
     for before in ("", "\\boxed{", "\\boxed"):
@@ -1074,61 +987,53 @@ def test_extraction_from_a_megabyte_is_linear(piece):
     assert time.perf_counter() - start < 3
 
 def spellings(rng):
-    """A random value of a kind that GSM8K, MATH or AIME ask for: (a name of the kind, a float or another key, spellings)."""
+    """A random value of a kind that GSM8K, MATH or AIME ask for: (the kind, the value, its spellings)."""
     a, b, c = rng.randint(2, 99), rng.randint(2, 12), rng.randint(2, 9)
-    frac, n = a / b, rng.randint(1000, 999_999)
-    x, y = sorted((rng.randint(-20, 0), rng.randint(1, 20)))
-    kinds = [
-        ("integer", a, [f"{a}", f"{a}.0", f"\\text{{{a}}}", f"{a}.", f"\\left({a}\\right)", f"x={a}"]),
-        ("thousands", n, [f"{n}", f"{n:,}", f"\\${n:,}", f"{n:,}.00", f"{n} dollars"]), ("AIME", a, [f"{a:03d}", f"{a}"]),
-        ("fraction", frac, [f"\\frac{{{a}}}{{{b}}}", f"{a}/{b}", f"\\dfrac{{{a * c}}}{{{b * c}}}", f"\\tfrac{{{a}}}{{{b}}}", f"({a}/{b})"]),
-        ("negative", -frac, [f"-\\frac{{{a}}}{{{b}}}", f"\\frac{{-{a}}}{{{b}}}", f"-{a}/{b}", f"−{a}/{b}"]),
-        ("decimal", a / 8, [f"{a / 8}", f"\\frac{{{a}}}{{8}}", f"{a / 8:.4f}"]), ("money", a + 0.5, [f"\\${a}.50", f"{a}.5", f"\\${a}.50\\text{{ dollars}}"]),
-        ("unit", a, [f"{a}\\text{{ cm}}", f"{a}", f"{a}\\,\\mathrm{{cm}}", f"{a} cm"]),
-        ("area", a, [f"{a}\\text{{ cm}}^2", f"{a}", f"{a}\\,\\text{{cm}}^{{2}}"]), ("count", a, [f"{a}\\text{{ apples}}", f"{a}", f"{a} apples"]),
-        ("degrees", a, [f"{a}^\\circ", f"{a}^{{\\circ}}", f"{a}", f"{a} degrees"]),
-        ("root", c * math.sqrt(b), [f"{c}\\sqrt{{{b}}}", f"\\sqrt{{{b * c * c}}}", f"{c}*\\sqrt{{{b}}}", f"{c}\\cdot\\sqrt{{{b}}}"]),
-        ("over root", a / math.sqrt(b), [f"\\frac{{{a}}}{{\\sqrt{{{b}}}}}", f"\\frac{{{a}\\sqrt{{{b}}}}}{{{b}}}"]),
-        ("sum", a + math.sqrt(b), [f"{a}+\\sqrt{{{b}}}", f"\\sqrt{{{b}}}+{a}"]),
-        ("pi", frac * math.pi, [f"\\frac{{{a}\\pi}}{{{b}}}", f"\\frac{{{a}}}{{{b}}}\\pi", f"{a}\\pi/{b}"]), ("power", c ** b, [f"{c}^{{{b}}}", f"{c ** b}"]),
-        ("scientific", c * 10 ** b, [f"{c}\\times 10^{{{b}}}", f"{c}\\cdot 10^{{{b}}}", f"{c * 10 ** b}"]),
-        ("polynomial", ("poly", c, a), [f"x^2+{c}x+{a}", f"{a}+{c}x+x^2", f"x^{{2}}+{c}x+{a}"]),
-        ("factored", ("fact", *sorted((b, c))), [f"(x+{b})(x+{c})", f"(x+{c})(x+{b})", f"x^2+{b + c}x+{b * c}"]),
-        ("rational", ("rational", a), [f"\\frac{{x}}{{{a}}}", f"x/{a}", f"\\frac{{1}}{{{a}}}x"]),
-        ("pair", ("pair", x, y), [f"({x},{y})", f"({x}, {y})", f"\\left({x}, {y}\\right)"]),
-        ("interval", ("interval", x, y), [f"[{x},{y})", f"[{x}, {y})", f"\\left[{x},{y}\\right)", f"x\\in[{x},{y})"]),
-        ("ray", ("ray", x), [f"(-\\infty,{x}]", f"(-\\infty, {x}]", f"\\left(-\\infty,{x}\\right]"]),
-        ("set", ("set", x, y), [f"\\{{{x},{y}\\}}", f"\\{{{y},{x}\\}}", f"\\{{{x}, {y}\\}}"]),
-        ("list", ("set", x, y), [f"{x},{y}", f"{y}, {x}", f"{x} \\text{{ or }} {y}"]),
-        ("mixed", a + c / 10, [f"{a}\\frac{{{c}}}{{10}}", f"{a}.{c}", f"{a} {c}/10"]),
-        ("choice", ("choice", a % 5), [f"\\text{{({'ABCDE'[a % 5]})}}", f"({'ABCDE'[a % 5]})"]),
-        ("word", ("word", a % 3), [f"\\text{{{('Sunday', 'even', 'no solution')[a % 3]}}}", f"{('Sunday', 'even', 'no solution')[a % 3]}"])]
-    return rng.choice(kinds)
+    n, x, y = rng.randint(1000, 999_999), rng.randint(-20, 0), rng.randint(1, 20)
+    letters = dict(A=a, B=b, C=c, D=a * c, E=b * c, F=b * c * c, L="ABCDE"[a % 5], N=n, T=f"{n:,}", P=c ** b, S=b + c,
+                   W=("Sunday", "even", "no solution")[a % 3], X=x, Y=y, Z=c * 10 ** b)
+    kinds = {
+        r"A | A.0 | \text{A} | A. | \left(A\right) | x=A | 0A": a,
+        r"N | T | \$T | T.00 | N dollars": n,
+        r"\frac{A}{B} | A/B | \dfrac{D}{E} | \tfrac{A}{B} | (A/B)": a / b,
+        r"-\frac{A}{B} | \frac{-A}{B} | −A/B": a / b,
+        r"A.5 | A.5000 | \$A.50 | \$A.50\text{ dollars}": a,
+        r"A | A cm | A\text{ cm} | A\,\mathrm{cm}": a,
+        r"A | A\text{ cm}^2 | A\,\text{cm}^{2}": a,
+        r"A | A degrees | A^\circ | A^{\circ}": a,
+        r"C\sqrt{B} | \sqrt{F} | C*\sqrt{B} | C\cdot\sqrt{B}": b * c * c,
+        r"A+\sqrt{B} | \sqrt{B}+A": a + math.sqrt(b),
+        r"\frac{A\pi}{B} | \frac{A}{B}\pi | A\pi/B": a / b,
+        r"C^{B} | P": c ** b,
+        r"C\times 10^{B} | C\cdot 10^{B} | Z": (b, c),
+        r"x^2+Cx+A | A+Cx+x^2 | x^{2}+Cx+A": (a, c),
+        r"(x+B)(x+C) | (x+C)(x+B) | x^2+Sx+E": (b + c, b * c),
+        r"\frac{x}{A} | x/A | \frac{1}{A}x": a,
+        r"(X,Y) | (X, Y) | \left(X, Y\right)": (x, y),
+        r"[X,Y) | [X, Y) | \left[X,Y\right) | x\in[X,Y)": (x, y),
+        r"(-\infty,X] | (-\infty, X] | \left(-\infty,X\right]": x,
+        r"\{X,Y\} | \{Y,X\} | \{X, Y\}": (x, y),
+        r"X,Y | Y, X | X \text{ or } Y": (x, y),
+        r"A\frac{C}{10} | A.C | A C/10": (a, c),
+        r"\text{(L)} | (L)": a % 5,
+        r"\text{W} | W": a % 3}
+    kind = rng.choice(list(kinds))
+    return kind, kinds[kind], kind.translate(str.maketrans({k: str(v) for k, v in letters.items()})).split(" | ")
 
 def spelled_pairs(n, seed=0):
     """(answer, gold, whether they are equal), half of them of one value, half of two values of one kind."""
     rng, pairs = random.Random(seed), []
     while len(pairs) < n:
-        kind, value, texts = spellings(rng)
+        (kind, value, texts), (other, another, more) = spellings(rng), spellings(rng)
         if len(pairs) % 2:
             pairs.append((*rng.sample(texts, 2), True))
-        else:
-            other, key, more = next(k for k in iter(lambda: spellings(rng), None) if k[0] == kind and k[1] != value)
+        elif kind == other and value != another:
             pairs.append((rng.choice(texts), rng.choice(more), False))
     return pairs
 
 def test_spellings_of_one_value_are_equal_and_of_two_are_not():
-    wrong = [(a, g, equal) for a, g, equal in spelled_pairs(6000) if m.verify(a, g) != equal or m.verify(g, a) != equal or not m.verify(a, a)]
-    assert not wrong, wrong[:20]
-
-def test_values_of_different_kinds_are_never_equal():
-    rng, count = random.Random(1), 0
-    while count < 2000:
-        (_, a, x), (_, b, y) = spellings(rng), spellings(rng)
-        tuples = isinstance(a, tuple), isinstance(b, tuple)
-        if all(tuples) and a[0] != b[0] or not any(tuples) and abs(a - b) > 1e-9:
-            assert not m.verify(rng.choice(x), rng.choice(y)), (x, y)
-            count += 1
+    for a, g, equal in spelled_pairs(6000):
+        assert m.verify(a, g) == m.verify(g, a) == equal and m.verify(a, a), (a, g)
 
 def test_agreement_with_math_verify():
     library = pytest.importorskip("math_verify", reason="math-verify is not installed here (pip install math-verify)")
@@ -1144,31 +1049,42 @@ def test_agreement_with_math_verify():
 def hostile_strings(n, seed):
     """Mutations and mixtures of answers, LaTeX pieces and code."""
     rng = random.Random(seed)
-    pieces = [s for pair in EQUAL + UNEQUAL + ATTACKS for s in pair.split("|")] + HOSTILE[:3] + ["1" * 60] + (
-        "^ { } ( ) 9 x \\frac \\sqrt sqrt , [ ] \\{ _ . % pi oo / * - 10^{99} é ² = \\boxed{ 10 0 ** ! e \\text{a} __ ^{-1/2}".split(" ") + [" ", "\n"])
+    pieces = [s for pair in EQUAL + UNEQUAL for s in pair.split("|")] + HOSTILE[:3] + ["1" * 60, " ", "\n"]
+    pieces += (r"^ { } ( ) 9 x \frac \sqrt sqrt , [ ] \{ _ . % pi oo / * - 10^{99} é = \boxed{ 10 0 ** ! e \text{a} __ "
+               "^{-1/2}").split()
     for _ in range(n):
         s = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 12)))
         for _ in range(rng.randint(0, 3)):
             i = rng.randrange(len(s) + 1)
-            s = s[:i] + rng.choice(["", chr(rng.randrange(32, 127)), chr(rng.randrange(0x2000)), s[:i]]) + s[i + rng.randint(0, 2):]
+            odd = rng.choice(["", chr(rng.randrange(32, 127)), chr(rng.randrange(0x2000)), s[:i]])
+            s = s[:i] + odd + s[i + rng.randint(0, 2):]
         yield s
 
 def tower(rng, depth):
-    """A nested expression: its text, and its value to 200 digits or None where it has letters, dots, no value or one beyond 10^70."""
+    """A nested expression: its text, and its value to 200 digits, nan where it has letters, dots, no real value or
+    one beyond 10^70.
+    """
     if depth == 0:
-        text = rng.choice("2 3 199 0.5 1 10 0 1.0 99999999999999999999 \\pi x ...".split())
-        return text, None if text in ("x", "...") else +mpmath.pi if text == "\\pi" else mpmath.mpf(text)
+        text = rng.choice(r"2 3 199 0.5 1 10 0 1.0 99999999999999999999 \pi x ...".split())
+        return text, {r"\pi": +mpmath.pi, "x": mpmath.nan, "...": mpmath.nan}.get(text) or mpmath.mpf(text)
     (a, x), (b, y) = tower(rng, depth - 1), tower(rng, rng.randrange(depth))
-    form, value = rng.choice([(r"\sqrt{%s}%.0s", lambda: mpmath.sqrt(x)), ("(%s)^{199}%.0s", lambda: x ** 199), ("(%s)^{1/2}%.0s", lambda: mpmath.sqrt(x)),
-                              ("(%s)^{-1}%.0s", lambda: 1 / x), ("1-(%s)%.0s", lambda: 1 - x), (r"\frac{%s}{%s}", lambda: x / y), ("(%s)+(%s)", lambda: x + y),
-                              (r"(%s)-\sqrt{%s}", lambda: x - mpmath.sqrt(y)), ("(%s)*(%s)", lambda: x * y), ("(%s)^{%s}", lambda: x ** y)])
-    known = x is not None and (y is not None or "%.0s" in form) and (form != "(%s)^{%s}" or abs(y) < 1000 and x != 0) and (y != 0 or form != r"\frac{%s}{%s}")
-    number = value() if known and (x != 0 or "-1" not in form) else None
-    return form % (a, b), number if number is not None and mpmath.im(number) == 0 and 1e-70 < abs(number) < 1e70 else None
+    form, value = rng.choice([
+        (r"\sqrt{%s}%.0s", lambda: mpmath.sqrt(x)), ("(%s)^{199}%.0s", lambda: x ** 199),
+        ("(%s)^{1/2}%.0s", lambda: mpmath.sqrt(x)), ("(%s)^{-1}%.0s", lambda: 1 / x),
+        ("1-(%s)%.0s", lambda: 1 - x), (r"\frac{%s}{%s}", lambda: x / y), ("(%s)+(%s)", lambda: x + y),
+        (r"(%s)-\sqrt{%s}", lambda: x - mpmath.sqrt(y)), ("(%s)*(%s)", lambda: x * y),
+        ("(%s)^{%s}", lambda: x ** y if abs(y) < 1000 else mpmath.nan)])
+    try:
+        number = value()
+    except ZeroDivisionError:
+        number = mpmath.nan
+    known = mpmath.im(number) == 0 and 1e-70 < abs(number) < 1e70
+    return form % (a, b), mpmath.re(number) if known else mpmath.nan
 
 def attack(strings):
-    """verify on strings, each against a gold answer and against itself plus one: right never, late never, and memory stays."""
-    memory, worst, golds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, (0, ""), itertools.cycle(["3", r"\frac{1}{2}", "(1,2)", "x+1", "50%", "0"])
+    """verify on strings, each against a gold answer and itself plus one: never right, never late, and memory stays."""
+    memory, worst = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, (0, "")
+    golds = itertools.cycle(["3", r"\frac{1}{2}", "(1,2)", "x+1", "50%", "0"])
     for s in strings:
         for gold in (next(golds), f"({s})+1"):
             start = time.process_time()
@@ -1184,23 +1100,10 @@ def attack_by_towers(n, seed):
     rng = random.Random(seed)
     with mpmath.workdps(200):
         towers = [tower(rng, rng.randint(1, 9)) for _ in range(n)]
-        near = [(text, value, str(int(mpmath.nint(value)))) for text, value in towers if value is not None and abs(value) < 1e15]
-        right = [(text, gold, abs(value - int(gold)) < 1e-150) for text, value, gold in near if m.verify(text, gold)]
-    assert all(integer for _, _, integer in right), [r for r in right if not r[2]][:5]
-    print(f"\n{n} towers, {len(near)} with a value, {len(right)} of them read as integers, and rightly")
+        for text, value in towers:
+            if abs(value) < 1e15 and m.verify(text, str(int(mpmath.nint(value)))):
+                assert abs(value - mpmath.nint(value)) < 1e-150, text
     attack(text for text, _ in towers)
-
-def test_known_killers():
-    attack([*HOSTILE, "9" * 30_000_000, "\\frac{" * 5_000_000, "." * 30_000_000])
-
-def test_ten_thousand_hostile_strings_neither_raise_nor_run_nor_hang():
-    attack(hostile_strings(5000, seed=0))
-    attack_by_towers(5000, seed=0)
-
-@pytest.mark.benchmark
-def test_100_000_towers_and_200_000_hostile_strings():
-    attack_by_towers(100_000, seed=1)
-    attack(hostile_strings(200_000, seed=1))
 
 def test_nested_latex_is_compared_both_ways_alike_and_equals_itself():
     rng = random.Random(3)
@@ -1225,42 +1128,43 @@ def test_constant_answers_earn_no_more_than_their_share():
     assert not any(m.verify(m.extract_answer(question), gold) or m.verify(question, gold) for question, gold, _ in problems)
     assert all(m.verify(m.extract_answer(f"so\n#### {gold}"), gold) for _, gold, _ in problems)
 
+def test_known_killers():
+    attack([*HOSTILE, "9" * 30_000_000, "\\frac{" * 5_000_000, "." * 30_000_000])
+
+def test_ten_thousand_hostile_strings_neither_raise_nor_run_nor_hang():
+    attack(hostile_strings(5000, seed=0))
+    attack_by_towers(5000, seed=0)
+
+@benchmark
+def test_100_000_towers_and_200_000_hostile_strings():
+    attack_by_towers(100_000, seed=1)
+    attack(hostile_strings(200_000, seed=1))
+
 # ---- IB-TPO: steps, tree, score
 
-SHARED_LINES = 575  # of the functions that stand in both scripts
-
-def definitions(script):
-    """{name: source lines} of what a script defines at its top level."""
-    text, found = (HERE / script).read_text(encoding="utf-8"), {}
-    for node in ast.parse(text).body:
-        names = [getattr(node, "name", "")] + [getattr(t, "id", "") for t in getattr(node, "targets", [])]
-        begin = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
-        found |= {name: text.splitlines()[begin - 1:node.end_lineno] for name in names}
-    return found
-
 def test_what_stands_in_both_scripts_is_in_the_same_words():
-    ours, theirs = map(definitions, SCRIPTS)
+    ours, theirs = {}, {}  # {name: source lines} of what a script defines at its top level
+    for script, found in zip(SCRIPTS, (ours, theirs)):
+        text = (HERE / script).read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            names = [getattr(node, "name", "")] + [getattr(t, "id", "") for t in getattr(node, "targets", [])]
+            begin = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
+            found |= {name: text.splitlines()[begin - 1:node.end_lineno] for name in names}
     both = set(ours) & set(theirs) - {"", "Config", "prepare", "training_step", "show"}
-    lines = sum(len(ours[name]) for name in both if "def " in "".join(ours[name][:2]))
-    print(f"{lines} lines of functions stand in both scripts")
     assert [name for name in both if ours[name] != theirs[name]] == []
-    assert len(both) >= 40 and lines <= SHARED_LINES
+    assert len(both) >= 40 and sum(len(ours[x]) for x in both if "def " in "".join(ours[x][:2])) <= 575
 
 def test_split_steps():
-    tiny, text = m.tiny_tokenizer(), "Löse x.\n\nErst 3·4 = 12 😀.\n\n\nThen: **done**.\n\n"
-    for delimiter, *steps in [["\n", "3+8\n", "1\n", "#1<eos>"], ["\n", "12"], ["\n", "<eos>"], ["\n"],
-                              ["\n\n", "1\n\n", "\n2"]]:
-        found = tpo.split_steps(tiny("".join(steps)).input_ids, tiny, delimiter)
-        assert [tiny.decode(step) for step in found] == steps
+    text = "Löse x.\n\nErst 3·4 = 12 😀.\n\n\nThen: **done**.\n\n"
+    for delimiter, *steps in [["\n", "3+8\n", "1\n", "#1<eos>"], ["\n", "<eos>"], ["\n\n", "1\n\n", "\n2"]]:
+        found = tpo.split_steps(TINY("".join(steps)).input_ids, TINY, delimiter)
+        assert [TINY.decode(step) for step in found] == steps
     bpe = bpe_tokenizer([text] * 9 + ["word.\n\n"] * 50)
     ids = bpe(text).input_ids + [1]
     assert any(bpe.decode([i]).startswith(".\n") for i in ids)  # not the delimiter alone
     steps = tpo.split_steps(ids, bpe, "\n\n")
     assert sum(steps, []) == ids and len(steps) == 4 and steps[-1] == [1]
     assert all("\n\n" in bpe.decode(s) and "\n\n" not in bpe.decode(s[:-1]) for s in steps[:-1])
-    for seed in range(200):
-        ids = random.Random(seed).choices(range(len(bpe)), k=30)
-        assert sum(tpo.split_steps(ids, bpe, "\n\n"), []) == ids
 
 # Steps named by letters:  q -+- a -+- b -+- c      reward 1    π(s), geometric means over tokens:
 #                             |     |     +- d             0    a 0.5 (of 0.25 and 1)  b 0.8  c 0.9
@@ -1274,43 +1178,42 @@ def hand_tree(paths=PATHS):
     root = tpo.Node([9])
     for path, reward in paths:
         steps = [[ord(s)] * len(P[s]) for s in path]
-        tpo.insert(root, steps, [torch.tensor(P[s]).log() for s in path], reward)
+        tpo.insert(root, steps, [tensor(P[s]).log() for s in path], reward)
     return root, {chr(n.tokens[0]): n for n in root.walk()[1:]}
 
 def test_a_tree_by_hand():
     root, node = hand_tree()
     assert [node[s].visits for s in "abcdefgh"] == [3, 2, 1, 1, 1, 2, 1, 1]
     assert [node[s].total_reward for s in "abcdefgh"] == [2, 1, 1, 0, 1, 0, 0, 0]
-    assert (root.visits, root.value, node["a"].value) == pytest.approx((6, 1 / 3, 2 / 3))
-    assert node["a"].confidence == pytest.approx(0.5) and node["c"].end == 4 and len(root.children) == 3
+    assert (root.visits, root.value, node["a"].value) == approx((6, 1 / 3, 2 / 3))
+    assert node["a"].confidence == approx(0.5) and node["c"].end == 4 and len(root.children) == 3
     # η₁ = p̂/p̂(parent) - 1.2:  a 2 - 1.2;  b (1/2)/(2/3) - 1.2;  d, f, g -1.2;  h: p̂(g) = 0, so 1 - 1.2
     for s, eta in zip("abcdefgh", [0.8, -0.45, 0.8, -1.2, 0.3, -1.2, -1.2, -0.2]):
-        assert tpo.information_gain(node[s], 5.0) == pytest.approx(eta, abs=1e-6)
+        assert tpo.information_gain(node[s], 5.0) == approx(eta, abs=1e-6)
     # J(q) = 6/6 (3·0.8·0.5 - 2·1.2·0.3 - 1.2·0.2);  J(a) = 6/3 (-2·0.45·0.8 + 0.3·0.2);
     # J(b) = 6/2 (0.8·0.9 - 1.2·0.1);  J(g) = 6 (-0.2·0.6): a single child
     for s, J in {"q": 0.24, "a": -1.32, "b": 1.8, "g": -0.72}.items():
-        assert tpo.ib_score(node.get(s, root), 5.0) == pytest.approx(J, abs=1e-6)
+        assert tpo.ib_score(node.get(s, root), 5.0) == approx(J, abs=1e-6)
     # Cov at q: means -0.2 and 23/60, E[η₁η₂] = 0.04; at b: means -0.2 and 0.5, E = 0.3
     for s, cov in {"q": 0.04 + 0.2 * 23 / 60, "b": 0.4, "g": 0}.items():
-        assert tpo.ib_covariance(node.get(s, root), 5.0) == pytest.approx(cov, abs=1e-6)
+        assert tpo.ib_covariance(node.get(s, root), 5.0) == approx(cov, abs=1e-6)
     with pytest.raises(ZeroDivisionError):
         tpo.ib_score(node["c"], 5.0)
     # std = sqrt(1/3 · 2/3) = sqrt(2)/3;  A_GL = (p̂ - 1/3) / std
     r, std = math.sqrt(2), math.sqrt(2) / 3
-    gl = torch.tensor([r / 2, r / 4, r, -r / 2, r, -r / 2, -r / 2, -r / 2])
-    ib = torch.tensor([0.4, -0.36, 0.72, -0.12, 0.06, -0.36, -0.24, -0.12])
+    gl = tensor([r / 2, r / 4, r, -r / 2, r, -r / 2, -r / 2, -r / 2])
+    ib = tensor([0.4, -0.36, 0.72, -0.12, 0.06, -0.36, -0.24, -0.12])
     for kind, A in {"gl": gl, "ib": ib, "gl+ib": gl + 0.1 * ib, "grpo": gl * std / (std + 1e-4)}.items():
         found = tpo.step_advantages(root, tree_config("--beta", 5, "--lam", 0.1, "--advantage", kind))
-        assert [found[node[s]] for s in "abcdefgh"] == pytest.approx(A.tolist(), abs=1e-6) and len(found) == 8
+        assert [found[node[s]] for s in "abcdefgh"] == approx(A.tolist(), abs=1e-6) and len(found) == 8
 
-def test_trees_all_wrong_all_right_or_of_one_trajectory():
-    for paths, reward in (("abc", "f"), 0.0), (("abc", "f"), 1.0), ("f", 1.0):  # η₁ = -1/β everywhere
-        root, node = hand_tree([(path, reward) for path in paths])
+def test_a_tree_all_wrong_or_all_right_teaches_by_confidence_alone():
+    for reward in (0.0, 1.0):  # η₁ = -1/β everywhere
+        root, node = hand_tree([("abc", reward), ("f", reward)])
         for kind, A in {"gl": 0.0, "grpo": 0.0, "gl+ib": -0.1 * 0.2 * 0.3}.items():
             c = tree_config("--beta", 5, "--lam", 0.1, "--advantage", kind)
-            assert tpo.step_advantages(root, c)[node["f"]] == pytest.approx(A)
-        mean = sum({"abc": 0.5, "f": 0.3}[path] for path in paths) / len(paths)
-        assert tpo.ib_score(root, 5.0) == pytest.approx(6 * -0.2 * mean)
+            assert tpo.step_advantages(root, c)[node["f"]] == approx(A)
+        assert tpo.ib_score(root, 5.0) == approx(6 * -0.2 * (0.5 + 0.3) / 2)
 
 def test_samplers_choose_as_they_say_and_where_there_is_room():
     root, node = hand_tree()
@@ -1330,29 +1233,24 @@ def test_samplers_choose_as_they_say_and_where_there_is_room():
     assert {names(1, "random") for _ in range(99)} == set("qabg")
     assert names(2, "ib", "--max_new_tokens", 3) == "qg"  # b ends at token 3: no room
 
-def test_the_estimator_converges_to_the_closed_form():
-    """A toy policy of known π(s) and p(a*|s): J = (1+β) Σ π² (p(a*|s)/p(a*|v) - (1 + 1/β))."""
-    beta, pi, p = 5.0, torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.9, 0.5, 0.1])
-    closed = (1 + beta) * (pi ** 2 * (p / (pi @ p) - (1 + 1 / beta))).sum()
-    rng, scores = random.Random(0), torch.zeros(8)
-    for i in range(8):
-        root = tpo.Node([9])
-        for s in rng.choices(range(3), pi, k=10_000):
-            tpo.insert(root, [[s]], [pi[s:s + 1].log()], float(rng.random() < p[s]))
-        scores[i] = tpo.ib_score(root, beta)
-    error = scores.std()
-    assert abs(scores[0] - closed) < 3 * error and error < 0.05 * (1 + beta)
-    assert abs(scores.mean() - closed) < 3 * error / math.sqrt(8)
+def test_the_estimator_is_the_closed_form_where_shares_are_probabilities():
+    """J = (1+β) Σ π² (p(a*|s)/p(a*|v) - (1 + 1/β)), of a policy of known π(s) and p(a*|s)."""
+    pi, p, root = tensor([0.5, 0.3, 0.2]), tensor([0.9, 0.5, 0.1]), tpo.Node([9])
+    for s, (count, right) in enumerate([(50, 45), (30, 15), (20, 2)]):
+        for i in range(count):
+            tpo.insert(root, [[s]], [pi[s:s + 1].log()], float(i < right))
+    closed = 6 * (pi ** 2 * (p / (pi @ p) - 1.2)).sum()
+    assert tpo.ib_score(root, 5.0) == approx(closed.item(), abs=1e-6)
 
 def grown(kind="Qwen2", n=3, sampler="ib"):
     """(model, roots, trajectories): trees of a random policy, with arbitrary rewards."""
     model = small_model(kind)
     c = tree_config("--max_new_tokens", 24, "--tree", 3, 4, 2, 2, "--sampler", sampler)
     problems = prompts(*(q + "\n" for q in m.chain_questions(random.Random(0), [2, 7], False, n)))
-    torch.manual_seed(0)
+    seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tpo, "judge", by_checksum)
-        roots, sampled = tpo.grow(model, m.tiny_tokenizer(), problems, c, random.Random(0))
+        roots, sampled = tpo.grow(model, TINY, problems, c, random.Random(0))
     return model, list(roots.values()), sampled
 
 def upto(root, node):
@@ -1362,8 +1260,7 @@ def upto(root, node):
 def leaves(root):
     return [n for n in root.walk() for _ in range(n.visits) if not n.children]
 
-@each("kind", KINDS)
-@each("sampler", ["ib", "independent", "random", "fixed", "entropy"])
+@each("kind, sampler", [*zip(KINDS * 2, ["ib", "independent", "random", "fixed", "entropy", "ib"])])
 def test_trees_grow_as_configured_and_record_the_policys_log_probs(kind, sampler):
     model, roots, sampled = grown(kind, sampler=sampler)
     assert len(sampled) == 3 * 15 and [root.visits for root in roots] == [15] * 3
@@ -1386,13 +1283,13 @@ def test_trees_grow_as_configured_and_record_the_policys_log_probs(kind, sampler
 
 def shake(roots):
     """Old log-probs away from the policy's, so that ratios differ from 1 and clipping takes part."""
-    torch.manual_seed(5)
+    seed(5)
     for node in itertools.chain(*(root.walk()[1:] for root in roots)):
         node.logps = node.logps + 0.3 * torch.randn(len(node.logps))
 
 def packed(model, roots, reference, *flags):
     """Gradients and statistics of the packed update, which takes no step."""
-    grab, c = Grab(model), tree_config("--max_grad_norm", 1e9, *flags)
+    grab, c = grabber(model), tree_config("--max_grad_norm", 1e9, *flags)
     return grab.grads, tpo.update_on_trees(model, grab, roots, c, reference)
 
 def flat(model, roots, reference, *flags, outcomes=None):
@@ -1413,27 +1310,17 @@ def flat(model, roots, reference, *flags, outcomes=None):
     loss = torch.cat(terms).mean()
     return loss.item(), gradient(loss, model), torch.cat(cut).float().mean().item()
 
-def test_transformers_takes_a_packed_tree_as_it_is():
-    model, roots, _ = grown()
-    pack = tpo.pack_tree(roots[0], tpo.step_advantages(roots[0], tree_config()))
-    ids, mask = pack["input_ids"][None], pack["attention_mask"][None, None]
-    logits = model(input_ids=ids, position_ids=mask[0].sum(-1) - 1, attention_mask=mask).logits[0]
-    logp = logits.log_softmax(-1)[pack["previous"], ids[0]].split([len(n.tokens) for n in roots[0].walk()])
-    for node, own in list(zip(roots[0].walk(), logp))[1:]:
-        assert (own - teacher_forced(model, upto(roots[0], node))[0][-len(own):]).abs().max() < 1e-5
-
-@each("kind", KINDS + ["GPTNeoX"])
-@each("advantage", ["gl+ib", "gl", "ib", "grpo"])
+@each("kind, advantage", [*zip(KINDS + ["GPTNeoX"], ["gl+ib", "gl", "ib", "grpo"])])
 def test_the_packed_update_is_the_flat_one(kind, advantage):
     """Loss and gradient, with ratios away from 1, a clip that takes part, and a KL."""
     (model, roots, _), reference = grown(kind), small_model(kind, seed=1)
     flags = ["--advantage", advantage, "--kl", 0.1]
     shake(roots)
     loss, slow, cut = flat(model, roots, reference, *flags)
-    for tokens in (10 ** 6, 300, 1):
+    for tokens in (10 ** 6, 300):
         grads, stats = packed(model, roots, reference, *flags, "--micro_tokens", tokens)
-        assert far(grads[0], slow) < 1e-5 and stats["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
-        assert stats["clipped"] == pytest.approx(cut, abs=1e-4) and 0.05 < cut < 0.95 and stats["kl"] > 0.01
+        assert far(grads[0], slow) < 1e-5 and stats["loss"] == approx(loss, rel=1e-5, abs=1e-6)
+        assert stats["clipped"] == approx(cut, abs=1e-4) and 0.05 < cut < 0.95 and stats["kl"] > 0.01
         assert stats["tokens_trained"] > 1.2 * stats["tokens_unique"]
     grads, _ = packed(model, roots, reference, *flags, "--updates_per_step", 2)  # each of half of the trees
     for i in (0, 1):
@@ -1444,26 +1331,24 @@ def test_at_ratio_1_gl_on_the_tree_is_grpo_on_its_trajectories(monkeypatch):
     torch.set_default_dtype(torch.double)  # in float32 rounding alone makes 1e-6
     try:
         model, roots, _ = grown()
-        groups, rewards = torch.tensor([(i, n.value) for i, root in enumerate(roots) for n in leaves(root)]).T
+        groups, rewards = tensor([(i, n.value) for i, root in enumerate(roots) for n in leaves(root)]).T
         for kind, eps in (("gl", 0.0), ("grpo", 1e-4)):
             outcomes = m.group_advantages(rewards, groups, eps)
             _, slow, _ = flat(model, roots, model, "--advantage", kind, outcomes=outcomes)
             (grad,), stats = packed(model, roots, None, "--advantage", kind)
-            assert far(grad, slow) < 1e-6 and stats["ratio"] == pytest.approx(1, abs=1e-5)
+            assert far(grad, slow) < 1e-6 and stats["ratio"] == approx(1, abs=1e-5)
     finally:
         torch.set_default_dtype(torch.float)
 
-def test_trees_that_teach_nothing_cost_no_pass(monkeypatch):
-    (model, roots, _), seen, real = grown(n=4), [], tpo.tree_logps
+def test_trees_that_teach_nothing_cost_no_pass():
+    model, roots, _ = grown(n=4)
     for node in roots[1].walk():
         node.total_reward = float(node.visits)
-    teach = sum(0 < root.value < 1 for root in roots)
-    monkeypatch.setattr(tpo, "tree_logps", lambda model, packs: seen.extend(packs) or real(model, packs))
-    packed(model, roots, None, "--advantage", "gl")
-    assert len(seen) == teach and 0 < teach < 4
-    packed(model, roots, None)  # A_IB is -π/β there
-    assert len(seen) == teach + 4
-    assert not packed(model, roots[1:2], None, "--advantage", "gl")[0] and len(seen) == teach + 4
+    tokens = [sum(len(upto(root, leaf).response) for leaf in leaves(root)) for root in roots]
+    teach = sum(n for n, root in zip(tokens, roots) if 0 < root.value < 1)
+    assert packed(model, roots, None, "--advantage", "gl")[1]["tokens_trained"] == teach
+    assert packed(model, roots, None)[1]["tokens_trained"] == sum(tokens) > teach > 0  # A_IB is -π/β there
+    assert not packed(model, roots[1:2], None, "--advantage", "gl")[0]
 
 # ---- IB-TPO: runs, several processes
 
@@ -1476,26 +1361,17 @@ def test_ib_tpo_runs_repeat_and_resume_exactly(rewarded, monkeypatch, flags):
     assert {"reward", "eff_rate", "entropy", "tokens_unique", "ib_score", "cov"} < {*logged[0]}
     assert len(logged) == 4 and whole["config"]["advantage"] == ("grpo" if "grpo" in flags else "gl+ib")
     assert "--kl" not in flags or logged[0]["kl"] < 1e-6 < logged[-1]["kl"]  # to where the run began
-    calls, real = itertools.count(1), tpo.update_on_trees
-
-    def dies_at_the_fourth(*args):
-        if next(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(tpo, "update_on_trees", dies_at_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tpo, "update_on_trees", dies_at_step_3(tpo.update_on_trees))
         start(tpo, *TREES, *flags, "--out", "part")
     assert metrics("part") == logged[:3] and len(torch.load("part/state.pt")["log"]) == 2
     resumed = start(tpo, *TREES, *flags, "--out", "part", "--resume")
     assert metrics("part") == logged and resumed["after"] == whole["after"]
 
-@each("flags, message", [
-    (["--tree", 4, 9, 1], "tree"), (["--tree", 0, 9, 1, 1], "tree must be"), (["--trees", 1], "--trees"),
-    (["--beta", 0], "beta"), (["--sampler", "best"], "invalid choice"), (["--delimiter", ""], "delimiter"),
-    (["--max_new_tokens", 9999], "too many for the model")])
-def test_mistakes_with_trees_are_one_line(folder, capsys, flags, message):
-    assert message in refused(capsys, *TREES, *flags, script=tpo) and not list(Path(".").glob("runs/*"))
+def test_mistakes_with_trees_are_one_line(folder, capsys):
+    for flags in (["--tree", 4, 9, 1], ["--delimiter", ""]):
+        assert "tree must be four numbers" in refused(capsys, *TREES, *flags, script=tpo)
+    assert not Path("runs").exists()
 
 def test_show_prints_a_tree_a_line_a_node(folder, capsys):
     start(tpo, *TREES, "--max_steps", 1, "--out", "run")
@@ -1506,52 +1382,38 @@ def test_show_prints_a_tree_a_line_a_node(folder, capsys):
         assert len(lines) == 1 + len(root.walk()) and " J " in lines[1] and " π " in lines[2]
     assert "nowhere" in refused(capsys, *TREES, "--show", "--out", "nowhere", script=tpo)
 
-def torchrun(*lines):
-    """Run lines of Python, with this file as t, in two processes; returns what was printed."""
-    Path("two.py").write_text("\n".join([
-        f"import sys, torch\nsys.path.insert(0, {str(HERE)!r})\nimport {Path(__file__).stem} as t", *lines,
-        "torch.distributed.destroy_process_group()"]))
-    how = "-m torch.distributed.run --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:0 two.py"
-    done = subprocess.run([sys.executable, *how.split()], capture_output=True, text=True, timeout=300,
-                          env={"OMP_NUM_THREADS": "1", **os.environ})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
 def gradients_of_both():
     model, found, share = small_model(), [], slice(m.RANK, None, m.WORLD)
-    begun = prompts("1+2=\n", "3*4*5-6+7=\n", "9-9=\n") * 5
-    batch = m.sample(model, m.tiny_tokenizer(), begun, config("--max_new_tokens", 15))
-    for t, advantage in zip(batch, torch.randn(15).tolist()):
-        t.advantage, t.logps = advantage, t.logps + 0.3 * torch.randn(len(t.logps))
-    for method in ("iiblpo", "grpo", "entropy_reg"):
+    batch = batch_for_update(model, 15)
+    for method in ("iiblpo", "entropy_reg"):
+        grab = grabber(model)
         c = config("--method", method, "--max_grad_norm", 1e9, "--micro_tokens", 100)
-        grab = Grab(model)
         m.update(model, grab, batch[share], c)
         found += grab.grads
     model, roots, _ = grown(n=5)
     shake(roots)
-    for kl in (0, 0.1):
-        found += packed(model, roots[share], small_model(seed=1), "--micro_tokens", 300, "--kl", kl)[0]
-    return found
+    return found + packed(model, roots[share], small_model(seed=1), "--micro_tokens", 300, "--kl", 0.1)[0]
 
-def test_two_processes_give_the_gradient_of_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torchrun("torch.distributed.init_process_group('gloo')", "two = t.gradients_of_both()",
-             "if t.m.RANK == 0: torch.save(two, 'two.pt')")
-    for one, two in zip(gradients_of_both(), torch.load("two.pt"), strict=True):
-        assert far(two, one) < 1e-6
-
-def test_two_processes_train_resume_and_show_with_both_scripts(folder):
-    lines = []
+def test_two_processes_have_the_gradient_of_one_and_train_resume_and_show(folder):
+    lines = [f"import sys, torch\nsys.path.insert(0, {str(HERE)!r})\nimport {Path(__file__).stem} as t"]
     for script, flags in (("m", "QUICK"), ("tpo", "TREES")):
         for run in ("a --max_steps 3", "b --max_steps 2", "b --max_steps 3 --resume", "b --show"):
             lines.append(f"t.start(t.{script}, *t.{flags}, '--out', *'{script}_{run}'.split())")
-    assert torchrun(*lines).count("everything is in") == 6  # only the first process speaks
+    lines += ["two = t.gradients_of_both()", "if t.m.RANK == 0: torch.save(two, 'two.pt')",
+              "torch.distributed.destroy_process_group()"]
+    Path("two.py").write_text("\n".join(lines))
+    how = "-m torch.distributed.run --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:0 two.py"
+    done = subprocess.run([sys.executable, *how.split()], capture_output=True, text=True, timeout=300,
+                          env={"OMP_NUM_THREADS": "1", **os.environ})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("everything is in") == 6  # only the first process speaks
     for a, b, candidates in (("m_a", "m_b", 4 * 6), ("tpo_a", "tpo_b", 3 * 4)):
         assert metrics(a) == metrics(b) and len(metrics(a)) == 3
         assert candidates / 2 < metrics(a)[0]["trajectories"] <= candidates
         assert Path(a, "samples.jsonl").read_text() == Path(b, "samples.jsonl").read_text()
         transformers.AutoModelForCausalLM.from_pretrained(b + "/model")
+    for one, two in zip(gradients_of_both(), torch.load("two.pt"), strict=True):
+        assert far(two, one) < 1e-6
 
 # ---- README
 
@@ -1569,22 +1431,12 @@ def test_the_commands_of_the_readme_parse():
             (config if script == "iiblpo" else tree_config)(*shlex.split(flags))
 
 def test_the_functions_that_the_readme_names_exist():
-    """Those that it links to, and all of a table's column "function"."""
-    named = re.findall(r"\[`([\w.]+)[^`]*`\]\((\w+\.py)(?:#L(\d+))?\)", README)
-    column, missing = 0, []
-    for cells in (row.split("|") for row in README.splitlines()):
-        if " function " in cells:
-            column = cells.index(" function ")
-        elif column < len(cells):
-            named += [(name, "", "") for name in re.findall(r"`([A-Za-z_][\w.]+)", cells[column]) if column]
-        else:
-            column = 0
-    for name, script, line in (link for link in named if link[0] not in SCRIPTS):
-        text = "".join((HERE / file).read_text(encoding="utf-8") for file in SCRIPTS if script in file)
-        found = re.finditer(rf"^ *(def|class) {name.split('.')[-1]}\b|^{name} =", text, re.M)
-        lines = [text.count("\n", 0, x.start()) + 1 for x in found]
-        missing += [(name, script, line, lines)] if not lines or line and int(line) not in lines else []
-    assert len(named) >= 15 and not missing
+    """Those of a table's last column."""
+    columns = re.findall(r"\| ((?:`\w+`(?:, )?)+) \|$", README, re.M)
+    text = "".join((HERE / script).read_text(encoding="utf-8") for script in SCRIPTS)
+    named = re.findall(r"\w+", " ".join(columns))
+    missing = [name for name in named if not re.search(rf"^(def|class) {name}\b", text, re.M)]
+    assert len(named) >= 30 and not missing
 
 def test_the_snippets_of_the_readme_run(folder, monkeypatch):
     """In a folder where each run that they read is the same tiny one."""
@@ -1639,20 +1491,19 @@ def test_evidence(monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         runs = [(*variant, seed) for *variant, seeds in EVIDENCE for seed in seeds]
         table = pandas.DataFrame(pool.map(evidence, runs)).set_index(["setting", "name", "seed"])
-    columns = ["pass@1", "pass@k", "distinct_correct", "sound@1", "sound@k", "distinct_sound", "fall"]
-    less = []
+    columns, less = ["pass@1", "pass@k", "distinct_correct", "sound@1", "sound@k", "distinct_sound", "fall"], {}
     for setting, values in table[columns].groupby("setting", sort=False):
         values = values.droplevel("setting")
-        less.append(values.sub(values.loc["grpo"], level="seed").assign(setting=setting))
-        for title, part in (("mean ± standard error", values), ("less grpo's", less[-1][columns])):
+        less[setting] = values.sub(values.loc["grpo"], level="seed")
+        for title, part in (("mean ± standard error", values), ("less grpo's", less[setting])):
             group = part.groupby("name", sort=False)
             text = group.mean().map("{:.3f}".format) + group.sem().map(" ± {:.3f}".format)
             print(f"\n{setting}: {title}\n{text.to_string()}")
     assert table.loc["default"].loc[list(METHODS)].fall.max() <= 0.15  # no seed goes astray
     for name in ("iiblpo", "ib_tpo"):
-        gain = less[0].loc[name, columns].mean()
-        assert gain["pass@1"] >= -less[0].loc[name, "pass@1"].sem() and gain["sound@k"] >= 0.08
-        assert gain["distinct_sound"] >= 0.3 * table.loc["default"].loc["grpo"].distinct_sound.mean()
+        gain = less["default"].loc[name]
+        assert gain["pass@1"].mean() >= -gain["pass@1"].sem() and gain["sound@k"].mean() >= 0.08
+        assert gain["distinct_sound"].mean() >= 0.3 * table.loc["default"].loc["grpo"].distinct_sound.mean()
 
 @benchmark
 def test_where_to_branch():
@@ -1661,25 +1512,25 @@ def test_where_to_branch():
     for flags in ("independent --rollouts 8", "independent", "random", "fixed", "entropy", "ib"):
         c = tree_config("--sampler", *flags.split())
         problems = tpo.share(tpo.encode(tpo.load_problems(c)[0][:512], model, tokenizer, c))
-        torch.manual_seed(0)
+        seed(0)
         log = tpo.rollout_metrics(tpo.grow(model, tokenizer, problems, c, random.Random(0))[1])
         rows[flags] = [log["eff_rate"], log["reward"], log["tokens_sampled"] / 512]
     table = pandas.DataFrame(rows, ["Eff-Rate", "Avg-Rate", "tokens"]).T
     print(table.round(3))
     assert table["tokens"]["ib"] < table["tokens"]["independent"]
 
-def share_of_valid_lines(t):
-    """Lines of a response that follow from the one before by one reduction."""
-    lines, valid = [t.question.rstrip("="), *t.text.split("\n")], 0
-    for before, line in itertools.pairwise(lines):
-        places = range(1, len(before), 2) if re.fullmatch(r"\d([-+*]\d)*", before) else []
-        valid += line == "#" + before or line in [m.reduce_at(before, i) for i in places]
-    return valid / (len(lines) - 1)
-
 @benchmark
 def test_latents_change_what_is_done_next_and_leave_it_right():
+    def share_of_valid_lines(t):
+        """Lines of a response that follow from the one before by one reduction."""
+        lines, valid = [t.question.rstrip("="), *t.text.split("\n")], 0
+        for before, line in itertools.pairwise(lines):
+            places = range(1, len(before), 2) if re.fullmatch(r"\d([-+*]\d)*", before) else []
+            valid += line == "#" + before or line in [m.reduce_at(before, i) for i in places]
+        return valid / (len(lines) - 1)
+
     c = config("--branches", 8)
-    torch.manual_seed(0)
+    seed(0)
     model, tokenizer = m.load_policy(c)
     problems, heldout = (m.encode(side, model, tokenizer, c) for side in m.load_problems(c))
     cvae, psa = latents = m.prepare(model, c)
@@ -1689,7 +1540,7 @@ def test_latents_change_what_is_done_next_and_leave_it_right():
     steered, bare = (sum(map(share_of_valid_lines, branches)) / len(branches) for branches in found)
     variation, prefixes = 0.0, m.prefixes_to_branch(parents, c)
     for t, z in zip(prefixes, cvae.sample(m.features(model, prefixes, c)[0], 2)):
-        ids = torch.tensor([t.prompt + t.response] * 2)
+        ids = tensor([t.prompt + t.response] * 2)
         with torch.no_grad(), psa.steer(z, torch.full((2,), ids.shape[1] - 1)):
             p, q = model(ids).logits[:, -1].softmax(-1)
         variation += (p - q).abs().sum().item() / 2 / len(prefixes)
@@ -1700,22 +1551,11 @@ def test_latents_change_what_is_done_next_and_leave_it_right():
 def test_steps_against_trl(tmp_path, monkeypatch):
     """From the same weights, in turns: TRL's GRPO and ours on 24 x 16 responses, IB-TPO on 48 trees of 12."""
     trl = pytest.importorskip("trl", reason="TRL is not installed here (pip install trl)")
-    c = config("--method", "grpo", "--rollouts", 16, "--prompts_per_step", 24)
-    trees = tree_config("--tree", 4, 3, 4, 1)
+    c, trees = config("--method", "grpo", "--rollouts", 16, "--prompts_per_step", 24), tree_config()
     model, tokenizer = m.load_policy(c)
-    ours, pairs = copy.deepcopy(model), m.load_problems(c)[0]
-    problems, rng = m.encode(pairs, ours, tokenizer, c), random.Random(0)
-    optimizer, seconds = torch.optim.AdamW(ours.parameters(), lr=1e-6), []
+    ours, pairs, rng, seconds = copy.deepcopy(model), m.load_problems(c)[0], random.Random(0), []
+    problems, optimizer = m.encode(pairs, ours, tokenizer, c), torch.optim.AdamW(ours.parameters(), lr=1e-6)
     monkeypatch.chdir(tmp_path)
-
-    def grpo():
-        candidates, kept = m.baseline_rollouts(ours, tokenizer, rng.sample(problems, 24), c)
-        m.set_advantages(candidates, kept)
-        m.update(ours, optimizer, kept, c)
-
-    def ib_tpo():
-        roots, _ = tpo.grow(ours, tokenizer, tpo.share(rng.sample(problems, 48)), trees, rng)
-        tpo.update_on_trees(ours, optimizer, list(roots.values()), trees)
 
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -1723,9 +1563,13 @@ def test_steps_against_trl(tmp_path, monkeypatch):
 
         def on_step_end(self, *args, **kwargs):
             times = [self.began, time.perf_counter()]
-            for step in (grpo, ib_tpo):
-                step()
-                times.append(time.perf_counter())
+            candidates, kept = m.baseline_rollouts(ours, tokenizer, rng.sample(problems, 24), c)
+            m.set_advantages(candidates, kept)
+            m.update(ours, optimizer, kept, c)
+            times.append(time.perf_counter())
+            roots, _ = tpo.grow(ours, tokenizer, tpo.share(rng.sample(problems, 48)), trees, rng)
+            tpo.update_on_trees(ours, optimizer, list(roots.values()), trees)
+            times.append(time.perf_counter())
             seconds.append([after - before for before, after in itertools.pairwise(times)])
 
     trl.GRPOTrainer(
