@@ -1462,7 +1462,8 @@ ABLATIONS = {"iiblpo_no_latents": "iiblpo.py --branch_mode random", "iiblpo_no_d
              "ib_tpo_entropy": "ib_tpo.py --sampler entropy"}
 EVIDENCE = [("default", name, METHODS[name], range(8)) for name in METHODS]  # setting, name, command, seeds
 EVIDENCE += [(setting, name, f"{METHODS[name]} {SETTINGS[setting]}", range(3))
-             for setting in SETTINGS for name in METHODS if name != "dapo"]
+             for setting in SETTINGS for name in METHODS if name != "dapo" and (setting, name) != ("long", "iiblpo")]
+EVIDENCE += [("long", "iiblpo", "iiblpo.py --max_tokens 1600000 --psa_decay_steps 150", range(3))]  # decay over the run
 EVIDENCE += [("default", name, ABLATIONS[name], range(3)) for name in ABLATIONS]
 
 def background(script, *flags):
