@@ -501,6 +501,7 @@ LOGITS = 2 ** 25  # logits held at a time
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}
 MAY_BE_0 = ["max_tokens", "seed", "rollouts", "eval_every", "psa_layers", "psa_decay_steps",
             "cvae_refresh", "keep"]
+SHARES = ["habit", "top_frac", "clip_low"]
 autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
 
@@ -535,8 +536,8 @@ def sample(model, tokenizer, begun, config, greedy=False, steer=None):
             ids = model.generate(**inputs, max_new_tokens=max(room[row] for row in rows),
                                  logits_processor=[draw])
         for row, new, notes in zip(rows, ids[:, width:].tolist(), torch.stack(noted, 1).cpu()):
-            t, stops = begun[row], stop_tokens(model)
-            ends = [n for n, token in enumerate(new[:room[row]], 1) if token in stops]
+            t, eos = begun[row], model.generation_config.eos_token_id
+            ends = [n for n, token in enumerate(new[:room[row]], 1) if token in eos]
             n = min(ends, default=room[row])
             response = t.response + new[:n]
             results[row] = replace(
@@ -545,11 +546,6 @@ def sample(model, tokenizer, begun, config, greedy=False, steer=None):
                 logps=torch.cat([t.logps, notes[:n, 0]]),
                 entropy=torch.cat([t.entropy, notes[:n, 1]]))
     return results
-
-def stop_tokens(model):
-    """The tokens that end a response; many chat models have several."""
-    eos = model.generation_config.eos_token_id
-    return eos if isinstance(eos, list) else [eos]
 
 def score(model, states, targets):
     """ln π of tokens `targets` [N] at hidden states [N, H], and H_t there: [2, N]."""
@@ -615,11 +611,12 @@ def load_policy(config):
     eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
     if eos is None:
         fail(f"{name} has no end-of-sequence token: no response would ever end")
+    eos = eos if isinstance(eos, list) else [eos]  # many chat models have several
     # a model's own defaults (top-k 20, ...) would bend the distribution that ln π is taken of
-    model.generation_config = transformers.GenerationConfig(eos_token_id=eos)
-    tokenizer.pad_token_id = model.generation_config.pad_token_id = stop_tokens(model)[0]
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=eos[0])
+    tokenizer.pad_token_id = eos[0]
     with torch.no_grad():
-        out = model(torch.tensor([stop_tokens(model)], device=DEVICE), output_hidden_states=True)
+        out = model(torch.tensor([eos], device=DEVICE), output_hidden_states=True)
     if not out.logits.allclose(model.get_output_embeddings()(out.hidden_states[-1]), atol=1e-3):
         fail(f"{name} scales or caps its logits, or has none that are finite: not supported")
     return model.eval(), tokenizer
@@ -668,10 +665,11 @@ def encode(pairs, model, tokenizer, config):
     problems = []
     for question, gold in pairs:
         text = config.prompt.replace("{question}", question)
-        ids = tokenizer(text).input_ids
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        else:
+            ids = tokenizer(text).input_ids
         problems.append(Trajectory(ids, question, gold))
     longest = max(len(t.prompt) for t in problems) + config.max_new_tokens
     if longest > getattr(model.config, "max_position_embeddings", longest):
@@ -952,8 +950,9 @@ def parse_config(script, argv):
     for name, value in values.items():
         for x in value if isinstance(value, list) else [value]:
             low = 1 if type(x) is int and name not in MAY_BE_0 else 0
-            if type(x) in (int, float) and not low <= x <= 10 ** 12:  # nan is not, either
-                fail(f"{name} must be from {low} to 10^12, not {x}")
+            high = 1 if name in SHARES else 10 ** 12
+            if type(x) in (int, float) and not low <= x <= high:  # nan is not, either
+                fail(f"{name} must be from {low} to {high}, not {x}")
     config = Config(**values)
     if "{question}" not in config.prompt:
         fail("prompt must contain {question}")
@@ -1008,6 +1007,8 @@ def run_folder(config):
         fail(f"there is no run in {folder} to resume")
     if folder.exists() and not config.resume:
         fail(f"{folder} exists: choose another --out, or go on with --resume")
+    save_atomically(folder.parent / ".writable", Path.touch)  # fails now, if it must
+    (folder.parent / ".writable").unlink(missing_ok=True)
     return folder
 
 def save_state(folder, state, parts):
@@ -1028,7 +1029,7 @@ def train(config):
     if (folder / "state.pt").exists():
         state = load_state(folder, config, parts)
     log = state["log"]  # one list: what is appended is saved
-    save_lines(folder / "metrics.jsonl", log)  # fails now, if it must
+    save_lines(folder / "metrics.jsonl", log)
     if "before" not in state:
         state["before"] = evaluate(model, tokenizer, heldout, config)
 

@@ -61,7 +61,7 @@ def small_model(kind="Qwen2", seed=0, **changes):
                  eos_token_id=1, pad_token_id=0, tie_word_embeddings=True, initializer_range=0.2)
     c = getattr(transformers, kind + "Config")(**{**shape, **changes})
     model = getattr(transformers, kind + "ForCausalLM")(c).eval()
-    model.generation_config = transformers.GenerationConfig(eos_token_id=1, pad_token_id=0)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[1], pad_token_id=0)
     return model
 
 @pytest.fixture
@@ -168,7 +168,8 @@ def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
     ("--resume", "to resume"), ("--out policy", "policy exists"), ("--out policy/config.json/x", "cannot"),
     ("--max_new_tokens 9999", "too many for the model"), ("--top_frac 1.1", "top_frac"),
     ("--operands 2 3 --eval_prompts 900", "there are not 900"), ("--dataset none.jsonl", "none.jsonl"),
-    ("--model tiny --dataset d.jsonl", "needs a --model"), ("--model no/such", "the model no/such")])
+    ("--model tiny --dataset d.jsonl", "needs a --model"), ("--model no/such", "the model no/such"),
+    ("--lr x", "'x'"), ("--rollouts 0", "above 0"), ("--config no.yml", "no.yml"), ("--out /proc/x/y", "cannot write")])
 def test_a_mistake_is_one_line_before_any_work(folder, capsys, flags, message):
     before = set(Path().rglob("*"))
     assert message in refused(capsys, *QUICK, *flags.split())
@@ -187,6 +188,8 @@ def test_every_number_has_its_range(script, capsys):
                 assert getattr(script.parse_config("x", flags), name) == 0
             else:
                 assert name in refused(capsys, *flags, script=script)
+    for name in {"habit", "clip_low", "top_frac"} & asdict(script.Config()).keys():
+        assert "to 1, not 1.1" in refused(capsys, "--model", "x", "--" + name, 1.1, script=script)
 
 # ---- problems
 
@@ -202,16 +205,17 @@ def test_chain_arithmetic():
             assert b in [m.reduce_at(a, i) for i in range(1, len(a), 2)]
         assert lines[-1] == "#" + lines[-2] and m.chain_value(q) == str(eval(q[:-1]) % 10)
 
-def test_habit_is_the_share_of_leftmost_reductions():
+@each("habit", [0, 0.75, 1])
+def test_habit_is_the_share_of_leftmost_reductions(habit):
     rng, left, expected, variance = random.Random(0), 0, 0.0, 0.0
     for q in m.chain_questions(rng, [3, 7], False, 1500):
-        lines = [q[:-1], *m.demonstration(q, rng, 0.75).split("\n")]
+        lines = [q[:-1], *m.demonstration(q, rng, habit).split("\n")]
         for a, b in zip(lines, lines[1:-1]):
             results = [m.reduce_at(a, i) for i in range(1, len(a), 2)]
             if results.count(results[0]) == 1 < len(results):  # else nobody can tell what was reduced
-                p = 0.75 + 0.25 / len(results)
+                p = habit + (1 - habit) / len(results)
                 left, expected, variance = left + (b == results[0]), expected + p, variance + p * (1 - p)
-    assert expected > 1000 and abs(left - expected) <= 4 * math.sqrt(variance)
+    assert expected > 1000 * max(habit, 0.3) and abs(left - expected) <= 4 * math.sqrt(variance)
 
 def test_evaluation_problems_are_held_out():
     train, heldout = m.load_problems(config("--operands", 4, 5))
@@ -264,7 +268,8 @@ def test_local_files_of_each_kind(folder):
     ([{"question": "a", "a": "b"}] * 9, "column answer"), (ROWS[:1] * 9, "not held out"),
     (ROWS[:5] + [{"question": "x", "answer": None}], "an answer of"),
     (ROWS[:5] + [{"question": "", "answer": "5"}], "a question"), (b"[1, 2]\n[3]\n", "d.jsonl"),
-    (ROWS[:2] + [{"question": "x", "answer": "so " * 200}], "at most 300 characters")])
+    (ROWS[:2] + [{"question": "x", "answer": "so " * 200}], "at most 300 characters"), (ROWS[:1], "cannot load"),
+    ('{"question": "é", "answer": "1"}\n'.encode("latin-1") * 9, "d.jsonl")])
 def test_bad_data_is_one_line(folder, capsys, rows, message):
     Path("d.jsonl").write_bytes(rows) if isinstance(rows, bytes) else write_lines(rows)
     assert message in refused(capsys, *QUICK, "--dataset", "d.jsonl", "--out", "run")
@@ -541,6 +546,18 @@ def test_policy_loss_by_hand():
         loss, stats = m.policy_loss(logp, 0 * logp, tensor([A]), mask, config("--method", method))
         assert loss.item() == approx(value) and stats["clipped"] == 0.5
 
+def test_policy_loss_slowly():
+    logp, old, mask = -torch.rand(5, 7), -torch.rand(5, 7), torch.rand(5, 7) < 0.7
+    for A in (torch.randn(5), torch.randn(5, 7)):
+        terms, cut = [], 0
+        for i, t in mask.nonzero().tolist():
+            r, a = math.exp(logp[i, t] - old[i, t]), (A[i, t] if A.ndim == 2 else A[i]).item()
+            terms.append(-min(r * a, min(max(r, 0.9), 1.3) * a))
+            cut += r > 1.3 and a > 0 or r < 0.9 and a < 0
+        loss, stats = m.policy_loss(logp, old, A, mask, config("--clip_low", 0.1, "--clip_high", 0.3))
+        assert loss.item() == approx(sum(terms) / len(terms), abs=1e-6)
+        assert stats["clipped"] == approx(cut / len(terms))
+
 def test_pass_at_k_by_enumeration_and_distinct_n():
     for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
         if c <= n and k <= n:
@@ -651,6 +668,12 @@ def test_the_ratio_of_a_branch_is_its_importance_weight(monkeypatch):
     weights = torch.cat([(teacher_forced(model, t)[0] - t.logps)[t.start:] for t in candidates[4:]]).exp()
     assert then["ratio"] == approx(weights.mean().item(), abs=1e-4) and abs(then["ratio"] - 1) > 1e-2
     assert then["clipped"] == approx((weights > 1.2).float().mean().item()) and 0 < then["branch_ess"] < 0.9
+    with monkeypatch.context() as patch:  # an ablation
+        steer_the_update_too(patch.setattr)
+        model, c, *_, candidates, _ = explored(monkeypatch)
+        for t in candidates:
+            t.advantage = 1.0
+        assert m.update(model, grabber(model), candidates, c)["branch_ess"] == approx(1, abs=1e-4)
 
 def test_exploring_keeps_the_initial_rollouts_and_the_token_budget(monkeypatch):
     calls, real = [], m.branch
@@ -938,7 +961,13 @@ EQUAL = r"""0.5|\frac12 ; -2\frac12|-2.5 ; 50\%|0.5 ; 50\%|50 ; \sqrt{8}|2\sqrt2
 \begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix}1\\2\end{pmatrix} ; 2 \frac{1}{2}|2.5 ; 2xy|2yx ;
 -0.5%|-0.005 ; 3 \sqrt 2|\sqrt{18} ; 2\pi r|2r\pi ; 5 cm|5.0 cm ; 2 \left(x+1\right)|2x+2 ;
 1-\sqrt{2}, 1+\sqrt{2}|1+\sqrt2,1-\sqrt2 ; 2^{100}|1267650600228229401496703205376 ; $\frac{1}{2}$|0.5 ;
-\(5\)|5 ; .5|1/2 ; 2*sqrt(3)|\sqrt{12} ; \$5|5 dollars"""
+\(5\)|5 ; .5|1/2 ; 2*sqrt(3)|\sqrt{12} ; \$5|5 dollars ;
+1,000|1000 ; \frac{3}{4}|3/4 ; \dfrac34|0.75 ; 2\frac{1}{2}|2.5 ; 2 1/2|5/2 ; 2^{10}|1024 ; \frac{\pi}{2}|0.5\pi ;
+2x+1|1+2x ; x=5|5 ; \$18.00|18 ; 90^\circ|90 ; 5\text{ cm}|5 ; 12 dollars|12 ; [0,1)|[0,1.0) ; \{1,2\}|\{2,1\} ;
+1,2|2, 1 ; (-\infty, 3]|(-\infty,3] ; \text{Yes}|yes ; \left(1,2\right)|(1,2) ; x \in [1,2]|[1,2] ; 007|7 ; 3.0|3 ;
+\text{(A)}|(A) ; 1.5\times 10^{3}|1500 ; \frac{x}{2}|x/2 ; 6.|6 ; −3|-3 ; 1{,}000|1000 ; 42\text{ pieces}|42 ;
+42 pieces|42 ; 42 pints|42 ; 42 pigs|42 ; 42 pictures|42 ; 1 \text{ or } 2|1,2 ; 20%|20 ; 20%|0.2 ; Monday|monday ;
+(x + 1) (x - 2)|x^2-x-2 ; 5\text{ cm}^{2}|5\text{ cm}^2"""
 UNEQUAL = r"""0.333|1/3 ; \pi|3.14 ; (1,2)|(2,1) ; (1,2]|[1,2] ; (1,2)|1,2 ; listen|silent ; x+1|x-1 ;
 9^{9^9}|3 ; 1/0|1/0.0 ; \sqrt{2}|1.41421356 ; 1,2|1,2,2 ; 50\%|0.05 ; 5|x ; 12|1,2 ; (1,234)|1234 ; 1e3|1000.5 ;
 x²|x2 ; ٣|3 ; \sqrt{x^2}|x ; \infty-\infty|0 ; 0/0|0 ; 1/0|2/0 ; 5:30|5:30 PM ; no|on ; BA|AB ; x|X ;
@@ -949,7 +978,11 @@ x²|x2 ; ٣|3 ; \sqrt{x^2}|x ; \infty-\infty|0 ; 0/0|0 ; 1/0|2/0 ; 5:30|5:30 PM 
 \sqrt{-1}|-1 ; 10^{30}|10^{30}+1 ; 10^{-79}|0 ; 1+10^{-79}|1 ; \sqrt2+10^{-60}|\sqrt2 ; 10^{-60}\sqrt2+1-1|0 ;
 \sqrt{10^{60}}|1000000000000000000000000000001 ; 2^{10^{-60}}|1 ;
 0.12345678901234567890|0.12345678901234567891 ; [5]|5 ; __class__|0 ; x.y|xy ; i^2|-1.0 ; x|x=5 ; 2 or 3|3 ;
-dollars|\$5 ; cm|5 cm"""
+dollars|\$5 ; cm|5 cm ;
+1|2 ; |0 ; 2^{10}|1023 ; x^2|2x ; -1|1 ; \frac12|2 ; ...|0 ; ..|0 ; .|0 ; \ldots|0 ; \infty/\infty|1 ; 0/0|1 ;
+\,|\, ; ...|... ; ()|() ; 42 minus 2|42 ; 42\text{ million}|42 ; 42 hundred|42 ; 42 dozen|42 ; 42 plus|42 ;
+42 minus|42 ; 42 half|42 ; 42 wrong|42 ; \$5|5 km ; 4\,2|8 ; 1\,000|0 ; 4\text{ and }2|8 ; 2{3}|6 ; lno|lon ;
+50%|0.05 ; 50%|50.5 ; \sqrt{x^2}|-x ; \sqrt{x^2y^2}|xy ; \sqrt{-4}|2 ; \text{}|0 ; 1/x|1/X"""
 EQUAL, UNEQUAL = (table.replace("\n", " ").split(" ; ") for table in (EQUAL, UNEQUAL))
 HOSTILE = [
     "__import__('os').system('touch /tmp/owned')", "().__class__", "lambda: 0", "9" * 10 ** 6, "9^9^9^9^9",
@@ -961,7 +994,8 @@ HOSTILE = [
     "\\" * 299, r"\text{" * 40 + "}" * 40, "sqrt(67+x*" * 12 + "2" + ")" * 12,
     r"\sqrt{1-" * 9 + r"\sqrt{2}" + "}" * 9, "\ud800", "(((((2^(1/2))^199)^199)^199)^199)^199",
     "a*" * 149 + "b", "'\\d'", "f'{1}'", "0x1F", "x:=1", "2^" * 149 + "2", "1/" * 149 + "3", "1 if 2 else 3",
-    "(9^99)^99*" * 29 + "1", "1," * 149 + "1", "%" * 300, "\n" * 300]
+    "(9^99)^99*" * 29 + "1", "1," * 149 + "1", "%" * 300, "\n" * 300, "(" * 5000, "{" * 300, "[" * 150, "٣٤", "oo-oo",
+    "0.{1}" * 30, "--" * 90 + "1", "((((x+y+z))^199)^(199/100))^(2/3)", "." * 10 ** 6, "+".join("abcdef" * 20), "50%" * 99]
 
 @each("equal, pair", [(True, pair) for pair in EQUAL] + [(False, pair) for pair in UNEQUAL])
 def test_equal_answers_are_and_unequal_ones_and_attacks_are_not(equal, pair):
@@ -969,8 +1003,9 @@ def test_equal_answers_are_and_unequal_ones_and_attacks_are_not(equal, pair):
     assert m.verify(a, b) == m.verify(b, a) == equal and (m.verify(a, a) or not equal)
 
 def test_an_empty_answer_equals_nothing():
-    empty = [None, "", " ", "...", ". . .", "\\,", "$$", "\\text{}", "()", "\\left(\\right)", "x="]
-    assert not any(m.verify(nothing, gold) for nothing in empty for gold in ["0", " ", "none", *empty[1:]])
+    empty = [None, "", " ", ".", "...", ". . .", "\\,", "$$", "\\text{}", "()", "\\left(\\right)", "x="]
+    golds = ["0", "none", "None", *empty[1:]]
+    assert not any(m.verify(nothing, gold) for nothing in empty for gold in golds)
 
 @each("text, answer", [
     (r"\boxed{1} so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), ("a\n#### ", None), ("nothing", None), ("#2\n#", "2"),
@@ -991,32 +1026,35 @@ def spellings(rng):
     a, b, c = rng.randint(2, 99), rng.randint(2, 12), rng.randint(2, 9)
     n, x, y = rng.randint(1000, 999_999), rng.randint(-20, 0), rng.randint(1, 20)
     letters = dict(A=a, B=b, C=c, D=a * c, E=b * c, F=b * c * c, L="ABCDE"[a % 5], N=n, T=f"{n:,}", P=c ** b, S=b + c,
-                   W=("Sunday", "even", "no solution")[a % 3], X=x, Y=y, Z=c * 10 ** b)
+                   W=("Sunday", "even", "no solution")[a % 3], X=x, Y=y, Z=c * 10 ** b, Q=a / 8)
     kinds = {
         r"A | A.0 | \text{A} | A. | \left(A\right) | x=A | 0A": a,
         r"N | T | \$T | T.00 | N dollars": n,
         r"\frac{A}{B} | A/B | \dfrac{D}{E} | \tfrac{A}{B} | (A/B)": a / b,
-        r"-\frac{A}{B} | \frac{-A}{B} | −A/B": a / b,
-        r"A.5 | A.5000 | \$A.50 | \$A.50\text{ dollars}": a,
+        r"-\frac{A}{B} | \frac{-A}{B} | −A/B": -a / b,
+        r"A.5 | A.5000 | \$A.50 | \$A.50\text{ dollars}": a + 0.5,
+        r"Q | Q0 | \frac{A}{8}": a / 8,
+        r"A | A apples | A\text{ apples}": a,
         r"A | A cm | A\text{ cm} | A\,\mathrm{cm}": a,
         r"A | A\text{ cm}^2 | A\,\text{cm}^{2}": a,
         r"A | A degrees | A^\circ | A^{\circ}": a,
-        r"C\sqrt{B} | \sqrt{F} | C*\sqrt{B} | C\cdot\sqrt{B}": b * c * c,
+        r"C\sqrt{B} | \sqrt{F} | C*\sqrt{B} | C\cdot\sqrt{B}": c * math.sqrt(b),
+        r"\frac{A}{\sqrt{B}} | \frac{A\sqrt{B}}{B}": a / math.sqrt(b),
         r"A+\sqrt{B} | \sqrt{B}+A": a + math.sqrt(b),
-        r"\frac{A\pi}{B} | \frac{A}{B}\pi | A\pi/B": a / b,
+        r"\frac{A\pi}{B} | \frac{A}{B}\pi | A\pi/B": a / b * math.pi,
         r"C^{B} | P": c ** b,
-        r"C\times 10^{B} | C\cdot 10^{B} | Z": (b, c),
-        r"x^2+Cx+A | A+Cx+x^2 | x^{2}+Cx+A": (a, c),
-        r"(x+B)(x+C) | (x+C)(x+B) | x^2+Sx+E": (b + c, b * c),
-        r"\frac{x}{A} | x/A | \frac{1}{A}x": a,
-        r"(X,Y) | (X, Y) | \left(X, Y\right)": (x, y),
-        r"[X,Y) | [X, Y) | \left[X,Y\right) | x\in[X,Y)": (x, y),
-        r"(-\infty,X] | (-\infty, X] | \left(-\infty,X\right]": x,
-        r"\{X,Y\} | \{Y,X\} | \{X, Y\}": (x, y),
-        r"X,Y | Y, X | X \text{ or } Y": (x, y),
-        r"A\frac{C}{10} | A.C | A C/10": (a, c),
-        r"\text{(L)} | (L)": a % 5,
-        r"\text{W} | W": a % 3}
+        r"C\times 10^{B} | C\cdot 10^{B} | Z": c * 10 ** b,
+        r"x^2+Cx+A | A+Cx+x^2 | x^{2}+Cx+A": ("polynomial", c, a),
+        r"(x+B)(x+C) | (x+C)(x+B) | x^2+Sx+E": ("polynomial", b + c, b * c),
+        r"\frac{x}{A} | x/A | \frac{1}{A}x": ("linear", a),
+        r"(X,Y) | (X, Y) | \left(X, Y\right)": ("pair", x, y),
+        r"[X,Y) | [X, Y) | \left[X,Y\right) | x\in[X,Y)": ("interval", x, y),
+        r"(-\infty,X] | (-\infty, X] | \left(-\infty,X\right]": ("ray", x),
+        r"\{X,Y\} | \{Y,X\} | \{X, Y\}": ("set", x, y),
+        r"X,Y | Y, X | X \text{ or } Y": ("set", x, y),
+        r"A\frac{C}{10} | A.C | A C/10": a + c / 10,
+        r"\text{(L)} | (L)": ("choice", a % 5),
+        r"\text{W} | W": ("word", a % 3)}
     kind = rng.choice(list(kinds))
     return kind, kinds[kind], kind.translate(str.maketrans({k: str(v) for k, v in letters.items()})).split(" | ")
 
@@ -1034,6 +1072,14 @@ def spelled_pairs(n, seed=0):
 def test_spellings_of_one_value_are_equal_and_of_two_are_not():
     for a, g, equal in spelled_pairs(6000):
         assert m.verify(a, g) == m.verify(g, a) == equal and m.verify(a, a), (a, g)
+
+def test_values_of_different_kinds_are_never_equal():
+    rng = random.Random(1)
+    for _ in range(6000):
+        (_, a, texts), (_, b, others) = spellings(rng), spellings(rng)
+        both_numbers = not isinstance(a, tuple) and not isinstance(b, tuple)
+        if abs(a - b) > 1e-9 if both_numbers else a != b:
+            assert not m.verify(rng.choice(texts), rng.choice(others)), (texts, others)
 
 def test_agreement_with_math_verify():
     library = pytest.importorskip("math_verify", reason="math-verify is not installed here (pip install math-verify)")
@@ -1455,7 +1501,8 @@ def test_the_snippets_of_the_readme_run(folder, monkeypatch):
 METHODS = {"grpo": "iiblpo.py --method grpo", "iiblpo": "iiblpo.py", "ib_tpo": "ib_tpo.py",
            "entropy_reg": "iiblpo.py --method entropy_reg", "dapo": "iiblpo.py --method dapo"}
 SETTINGS = {"long": "--max_tokens 1600000", "habit0": "--habit 0", "habit0.5": "--habit 0.5", "habit0.9": "--habit 0.9"}
-ABLATIONS = {"iiblpo_no_latents": "iiblpo.py --branch_mode random", "iiblpo_no_decay": "iiblpo.py --psa_decay_steps 0",
+ABLATIONS = {"iiblpo_no_latents": "iiblpo.py --branch_mode random",
+             "iiblpo_same_latent": "test_iiblpo.py", "iiblpo_no_decay": "iiblpo.py --psa_decay_steps 0",
              "iiblpo_filter": "iiblpo.py --keep 4", "iiblpo_no_self_reward": "iiblpo.py --kappa 0",
              "ib_tpo_lambda0": "ib_tpo.py --lam 0", "ib_tpo_paper": "ib_tpo.py --beta 5 --lam 0.1",
              "ib_tpo_independent": "ib_tpo.py --sampler independent", "ib_tpo_random": "ib_tpo.py --sampler random",
@@ -1469,6 +1516,32 @@ EVIDENCE += [("default", name, ABLATIONS[name], range(3)) for name in ABLATIONS]
 def background(script, *flags):
     return subprocess.Popen([sys.executable, HERE / script, *map(str, flags)], stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+def steer_the_update_too(set_attribute=setattr):
+    """The ablation "same latent": what a latent sampled is also trained under it, so that the ratio begins at 1."""
+    sample, token_logps, noted = m.sample, m.token_logps, {}
+
+    def sample_and_note(model, tokenizer, begun, config, greedy=False, steer=None):
+        found = sample(model, tokenizer, begun, config, greedy, steer)
+        if steer:
+            noted.update(inspect.getclosurevars(steer).nonlocals)
+            for t, z in zip(found, noted["z"], strict=True):
+                t.z = z
+        return found
+
+    def steered_logps(model, batch):
+        latents = [getattr(t, "z", None) for t in batch]
+        known = [z for z in latents if z is not None]
+        if not known or not torch.is_grad_enabled():
+            return token_logps(model, batch)
+        P = max(len(t.prompt) for t in batch)
+        z = torch.stack([torch.zeros_like(known[0]) if z is None else z for z in latents])
+        born = [10 ** 9 if z is None else P + t.start - 1 for t, z in zip(batch, latents)]  # 10 ** 9: never
+        with noted["psa"].steer(z, tensor(born)):
+            return token_logps(model, batch)
+
+    set_attribute(m, "sample", sample_and_note)
+    set_attribute(m, "token_logps", steered_logps)
 
 def final(out):
     return json.loads(Path(out, "summary.json").read_text())["after"]
@@ -1625,3 +1698,7 @@ def test_twenty_kills_lose_nothing(folder, script, flags):
         process.wait()
         assert background(script, *flags, "--out", out, *["--resume"] * Path(out).exists()).wait() == 0
         assert metrics(out) == metrics("whole") and final(out) == final("whole")
+
+if __name__ == "__main__":
+    steer_the_update_too()
+    m.main()
