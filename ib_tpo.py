@@ -93,7 +93,7 @@ class Config:
     advantage: Literal["gl+ib", "gl", "ib", "grpo"] = setting("gl+ib", "A_GL + lam A_IB, or less")
     lam: float = setting(0.1, "lambda: weight of A_IB")
     lr: float = setting(1e-6, "AdamW's learning rate")
-    updates_per_step: int = setting(1, "optimizer steps a batch")
+    updates_per_step: int = setting(1, "parts of a batch, an optimizer step each")
     clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
     clip_high: float = setting(0.2, "... 1 + clip_high]")
     kl: float = setting(0.001, "weight of the k3 KL to the frozen starting policy")
@@ -120,7 +120,7 @@ class Trajectory:
     gold: str = ""  # its right answer
     group: int = 0  # which of the step's problems it is
     response: list[int] = field(default_factory=list)  # T tokens, the last EOS unless cut
-    logps: torch.Tensor = torch.zeros(0)  # [T] ln π(o_t), noted while it was sampled
+    logps: torch.Tensor = torch.zeros(0)  # [T] ln π(o_t) as it was sampled, steered or not
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, likewise
     start: int = 0  # where it left its parent (0: none): response[start:] are its own tokens
     text: str = ""
@@ -251,9 +251,10 @@ def go_on_from(node, problem):
 #   J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b)     over the B sub-steps s_b sampled at v              [P]
 #   η₁(s) = p̂(a*|s) / p̂(a*|parent) - (1 + 1/β)   (information gain),  η₂(s) = π(s)   (confidence)
 # (β+1) H(s|q,s_<) - β H(s|a*,q,s_<), both H as means of 1 - π over s ~ π(s|q,s_<), is by Bayes'
-# π(s|a*) = π(s) p(a*|s)/p(a*|v) just 1 + β Σ_s π² (p(a*|s)/p(a*|v) - (1 + 1/β)). Sampled, the sum
-# is β/B Σ_b η₁ η₂; the paper's estimate drops the 1 and has (1+β)/B: the ranking is the same. Where
-# p̂ = p̂(parent), as if all are right or all wrong, η₁ = -1/β: confident steps lose probability.
+# π(s|a*) = π(s) p(a*|s)/p(a*|v) just 1 + β Σ_s π² (p(a*|s)/p(a*|v) - (1 + 1/β)), π(s) a product.
+# Sampled, the sum is β/B Σ_b η₁ η₂; the paper's estimate drops the 1 and has (1+β)/B: the ranking
+# is the same. Where p̂ = p̂(parent), as if all are right or all wrong, η₁ = -1/β: confident steps
+# lose probability.
 
 def information_gain(node, beta):
     """η₁(s). Where the parent never led to a right answer the ratio counts as 1 [O]."""
@@ -453,8 +454,8 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
 
     # 4. log
     nodes = [node for root in roots.values() for node in root.walk() if node.children]
-    scores = [ib_score(node, config.beta) for node in nodes]
-    covs = [ib_covariance(node, config.beta) for node in nodes if len(node.children) > 1]
+    scores = gather([ib_score(node, config.beta) for node in nodes])
+    covs = gather([ib_covariance(node, config.beta) for node in nodes if len(node.children) > 1])
     metrics = {"ib_score": sum(scores) / len(scores), "cov": sum(covs) / max(1, len(covs)),
                "rollout_s": grown - began, "update_s": time.time() - grown}
     return rollout_metrics(trajectories) | stats | metrics
@@ -611,7 +612,12 @@ def load_policy(config):
     eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
     if eos is None:
         fail(f"{name} has no end-of-sequence token: no response would ever end")
-    eos = eos if isinstance(eos, list) else [eos]  # many chat models have several
+    eos = list(eos) if isinstance(eos, list) else [eos]  # many chat models have several
+    if tokenizer.chat_template:  # what ends a turn ends a response, also of a base model
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
+        ids = tokenizer(rest, add_special_tokens=False).input_ids
+        eos += [token for token in ids[:1] if token in tokenizer.added_tokens_decoder]
     # a model's own defaults (top-k 20, ...) would bend the distribution that ln π is taken of
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=eos[0])
     tokenizer.pad_token_id = eos[0]
@@ -619,7 +625,7 @@ def load_policy(config):
         out = model(torch.tensor([eos], device=DEVICE), output_hidden_states=True)
     if not out.logits.allclose(model.get_output_embeddings()(out.hidden_states[-1]), atol=1e-3):
         fail(f"{name} scales or caps its logits, or has none that are finite: not supported")
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer  # for good: dropout would bend the ratios
 
 def load_problems(config):
     """Lists of (question, gold answer): to train on, and `eval_prompts` held-out ones, of a local
@@ -750,7 +756,7 @@ def warm_start(config):
         digits = rng.randint(low, high)  # one length a batch: nothing to pad
         questions = chain_questions(rng, [digits, digits], False, 64)
         pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
-        problems = encode(pairs, model, tokenizer, config)
+        problems = encode(pairs, model, tokenizer, config)  # whose `gold` is a demonstration
         ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + [1] for t in problems])
         labels = ids.clone()
         labels[:, :len(problems[0].prompt)] = -100
@@ -878,8 +884,8 @@ def distinct_n(texts, n):
     return len(set(grams)) / max(1, len(grams))
 
 def evaluate(model, tokenizer, problems, config, file=None):
-    """Means over problems: greedy accuracy; of k = eval_samples responses pass@1, pass@k, maj@k,
-    Distinct-1 and -4, different right ones, length in tokens; of the chain the sound ones, too.
+    """Means over problems: greedy accuracy; of k = eval_samples responses pass@1, pass@k, maj@k (by
+    the answers' texts), Distinct-1 and -4, different right ones, length; the chain's sound ones.
     """
     torch.manual_seed(config.seed + RANK)
     k = config.eval_samples
@@ -988,7 +994,8 @@ def save_lines(path, rows):
 
 def load_state(folder, config, parts):
     """What state.pt holds besides the `parts` (name: module or optimizer), which are restored."""
-    may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every")
+    may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
+                  "micro_tokens", "generate_tokens")
     try:
         state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
         for name, value in asdict(config).items():
@@ -1068,7 +1075,7 @@ def print_table(folder, summary):
     grpo = folder.with_name(f"grpo-{config['seed']}") / "summary.json"
     if grpo.exists() and grpo.parent != folder:
         other = json.loads(grpo.read_text())
-        alike = ("model", "dataset", "habit", "max_tokens")
+        alike = ("model", "dataset", "habit", "max_steps", "max_tokens", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":

@@ -106,7 +106,7 @@ class Config:
     kappa: float = setting(0.005, "kappa: weight of the IB self-reward")
     # update
     lr: float = setting(1e-6, "AdamW's learning rate")
-    updates_per_step: int = setting(1, "optimizer steps a batch")
+    updates_per_step: int = setting(1, "parts of a batch, an optimizer step each")
     clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
     clip_high: float = setting(0.2, "... 1 + clip_high]; dapo: at least 0.28")
     entropy_bonus: float = setting(0.003, "entropy_reg: weight of the entropy")
@@ -133,7 +133,7 @@ class Trajectory:
     gold: str = ""  # its right answer
     group: int = 0  # which of the step's problems it is
     response: list[int] = field(default_factory=list)  # T tokens, the last EOS unless cut
-    logps: torch.Tensor = torch.zeros(0)  # [T] ln π(o_t), noted while it was sampled
+    logps: torch.Tensor = torch.zeros(0)  # [T] ln π(o_t) as it was sampled, steered or not
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, likewise
     start: int = 0  # where it left its parent (0: none): response[start:] are its own tokens
     text: str = ""
@@ -212,7 +212,7 @@ class PseudoSelfAttention(torch.nn.Module):
 
     Attached to `model` for good, it acts within `steer`. The slot stands at RoPE position 0, where
     rotation does nothing. A row's latent is `born` in the column whose state produces o_t*, and
-    seen by columns of age = column - born >= 0.
+    seen by columns of age = column - born >= 0. It takes attention at any γ > 0 and is gone at 0.
     """
 
     def __init__(self, model, config):
@@ -320,14 +320,14 @@ def alternatives(model, tokenizer, problems, config):
     eos = model.generation_config.eos_token_id
     parents = sample(model, tokenizer, problems, config)
     for t in prefixes_to_branch(parents, config):
-        with torch.no_grad():
-            logits = model(torch.tensor([t.prompt + t.response], device=DEVICE)).logits[0, -1]
-        p = logits.float().softmax(-1)
+        ids = torch.tensor([t.prompt + t.response], device=DEVICE)
+        with torch.no_grad(), autocast():
+            p = model(ids, logits_to_keep=1).logits[0, -1].float().softmax(-1)
         for token in p.topk(4).indices.tolist():
             goes_on = token not in eos and t.start + 1 < config.max_new_tokens
             if goes_on and p[token] > 0.01:
-                begun.append(replace(t, response=t.response + [token]))  # its ln π is not noted
-    pairs = sample(model, tokenizer, begun[:config.cvae_pairs], config)
+                begun.append(replace(t, response=t.response + [token]))  # its ln π is not known
+    pairs = sample(model, tokenizer, begun[:math.ceil(config.cvae_pairs / WORLD)], config)
     tokens = own_tokens(parents) + own_tokens(pairs)
     return [replace(t, start=t.start - 1) for t in pairs], tokens  # the forced token is part of it
 
@@ -336,13 +336,13 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     """K branches from t* of every parent, each with a latent of its own.
 
     latents: (cvae, psa), or [] for the same places without latents. Every parent's first branch
-    comes before any second one, until `budget` tokens are expected, a branch ending as its parent.
+    comes before any second one, until `budget` is spent, were each to end where its parent ends.
     """
     prefixes = prefixes_to_branch(parents, config)
     begun, origins = [], []
     for k in range(config.branches):
         for i, prefix in enumerate(prefixes):
-            budget -= len(parents[i].response) - prefix.start  # as long as its parent
+            budget -= len(parents[i].response) - prefix.start
             if budget >= 0:
                 begun.append(prefix)
                 origins.append((i, k))
@@ -361,7 +361,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   S_IB(r) = β Î(r; a*) - Î(q; r)                                r: a whole response            [P]
 #   Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|   r̄: r before its answer      [O]
 #   Î(q; r) = Ĥ(r) / mean of Ĥ over the prompt's responses           Ĥ(r) = Σ_t H_t              [O]
-#   self-reward: κ mean_t(A H_t)                                     A: the advantage, below     [C]
+#   self-reward: κ mean_t(A H_t), IBRO's surrogate                   A: the advantage, below     [C]
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
@@ -430,13 +430,13 @@ def explore(model, tokenizer, latents, problems, config):
     candidates = sample(model, tokenizer, problems * config.initial, config)
     initial, kept = len(candidates), candidates
     budget = own_tokens(candidates) * (config.rollouts / config.initial - 1)
-    for _ in range(config.ib_rounds):
-        branches = branch(model, tokenizer, latents, kept, config, budget)
+    for rounds_left in range(config.ib_rounds, 0, -1):
+        branches = branch(model, tokenizer, latents, kept, config, budget / rounds_left)
         budget -= own_tokens(branches)
         candidates = candidates + branches
         judge(candidates, config)
         kept = candidates
-        if config.keep > 0:
+        if config.keep > 0:  # else all are kept, and none needs a score
             scores = ib_scores(model, tokenizer, candidates, config)
             rewards = [t.reward for t in candidates]
             lengths = [len(t.response) for t in candidates]
@@ -499,7 +499,7 @@ def update(model, optimizer, batch, config):
     """`updates_per_step` optimizer steps on a batch; returns statistics, means over its tokens.
 
     A branch is trained from t* on, its prefix belongs to its parent [C]. Rows of advantage 0 are
-    skipped, in the mean too [O]. Micro-batches, and processes, add up to the whole gradient.
+    skipped, in the mean too, unless they have a bonus [O]. Micro-batches and processes add up.
     """
     if config.method != "entropy_reg":
         batch = [t for t in batch if t.advantage != 0]
@@ -558,7 +558,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
         set_advantages(candidates, kept)
     else:
         candidates, kept = baseline_rollouts(model, tokenizer, shuffled, config)
-        set_advantages(candidates, candidates)  # nothing stands for what dapo drops
+        set_advantages(candidates, candidates)  # none gets more weight for what dapo drops
 
     # 4. policy gradient of the bare policy
     explored = time.time()
@@ -579,7 +579,8 @@ def prepare(model, config):
     """What is trained besides the policy: (cvae, psa), or nothing without latents."""
     if config.method != "iiblpo" or config.branch_mode == "random":
         return torch.nn.ModuleList()
-    if not hasattr(model.base_model, "layers") or "RMSNorm" not in str(model.base_model.layers[0]):
+    norm = getattr(getattr(model.base_model, "layers", [None])[0], "input_layernorm", None)
+    if not hasattr(norm, "variance_epsilon"):
         fail(f"latents need model.layers with RMSNorm (as in Qwen2, Qwen3 or Llama), unlike "
              f"{type(model).__name__}; --branch_mode random and the baselines take it")
     cvae = LatentCVAE(model.config.hidden_size, config.z_dim)
@@ -654,7 +655,7 @@ def features(model, batch, config):
         for row, h in zip(rows, states.float()):
             t = batch[row]
             e[0, row] = h[P - len(t.prompt):P + t.start].mean(0)
-            e[1, row] = h[P + t.start:P + len(t.response)].mean(0)
+            e[1, row] = h[P + t.start:P + len(t.response)].mean(0)  # nan, unused, of a bare prefix
     return e
 
 def baseline_rollouts(model, tokenizer, shuffled, config):
@@ -737,7 +738,7 @@ def probe_heads(config):
     model, tokenizer = load_policy(config)
     if config.out:
         load_state(Path(config.out), config, {"model": model})
-    problems = share(encode(load_problems(config)[1], model, tokenizer, config))
+    problems = encode(load_problems(config)[1], model, tokenizer, config)
     if len(problems) < 4:
         fail("--probe_heads needs 4 problems at least: more --eval_prompts")
     torch.manual_seed(config.seed)
@@ -879,7 +880,12 @@ def load_policy(config):
     eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
     if eos is None:
         fail(f"{name} has no end-of-sequence token: no response would ever end")
-    eos = eos if isinstance(eos, list) else [eos]  # many chat models have several
+    eos = list(eos) if isinstance(eos, list) else [eos]  # many chat models have several
+    if tokenizer.chat_template:  # what ends a turn ends a response, also of a base model
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
+        ids = tokenizer(rest, add_special_tokens=False).input_ids
+        eos += [token for token in ids[:1] if token in tokenizer.added_tokens_decoder]
     # a model's own defaults (top-k 20, ...) would bend the distribution that ln π is taken of
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=eos[0])
     tokenizer.pad_token_id = eos[0]
@@ -887,7 +893,7 @@ def load_policy(config):
         out = model(torch.tensor([eos], device=DEVICE), output_hidden_states=True)
     if not out.logits.allclose(model.get_output_embeddings()(out.hidden_states[-1]), atol=1e-3):
         fail(f"{name} scales or caps its logits, or has none that are finite: not supported")
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer  # for good: dropout would bend the ratios
 
 def load_problems(config):
     """Lists of (question, gold answer): to train on, and `eval_prompts` held-out ones, of a local
@@ -1018,7 +1024,7 @@ def warm_start(config):
         digits = rng.randint(low, high)  # one length a batch: nothing to pad
         questions = chain_questions(rng, [digits, digits], False, 64)
         pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
-        problems = encode(pairs, model, tokenizer, config)
+        problems = encode(pairs, model, tokenizer, config)  # whose `gold` is a demonstration
         ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + [1] for t in problems])
         labels = ids.clone()
         labels[:, :len(problems[0].prompt)] = -100
@@ -1146,8 +1152,8 @@ def distinct_n(texts, n):
     return len(set(grams)) / max(1, len(grams))
 
 def evaluate(model, tokenizer, problems, config, file=None):
-    """Means over problems: greedy accuracy; of k = eval_samples responses pass@1, pass@k, maj@k,
-    Distinct-1 and -4, different right ones, length in tokens; of the chain the sound ones, too.
+    """Means over problems: greedy accuracy; of k = eval_samples responses pass@1, pass@k, maj@k (by
+    the answers' texts), Distinct-1 and -4, different right ones, length; the chain's sound ones.
     """
     torch.manual_seed(config.seed + RANK)
     k = config.eval_samples
@@ -1256,7 +1262,8 @@ def save_lines(path, rows):
 
 def load_state(folder, config, parts):
     """What state.pt holds besides the `parts` (name: module or optimizer), which are restored."""
-    may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every")
+    may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
+                  "micro_tokens", "generate_tokens")
     try:
         state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
         for name, value in asdict(config).items():
@@ -1336,7 +1343,7 @@ def print_table(folder, summary):
     grpo = folder.with_name(f"grpo-{config['seed']}") / "summary.json"
     if grpo.exists() and grpo.parent != folder:
         other = json.loads(grpo.read_text())
-        alike = ("model", "dataset", "habit", "max_tokens")
+        alike = ("model", "dataset", "habit", "max_steps", "max_tokens", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
