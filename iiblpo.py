@@ -483,14 +483,16 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """-mean_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A), r_t = π / π_old. [PPO, GRPO]
 
     logp, old_logp, mask (or weights of tokens): [B, T]; advantages: [B] or [B, T]. The mean is over
-    all tokens [DAPO]. Also returns the mean ratio and the share of tokens that the clip cuts off.
+    all tokens [DAPO], r_t at most 3 [dual-clip PPO, arXiv 1912.09729]. Also returns the mean ratio
+    and the share of tokens that the clip cuts off.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).exp()
+    bounded = ratio.clamp(max=3.0)  # where A < 0, too, no token outweighs a batch
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
-    cut = objective < ratio * advantages
+    objective = torch.minimum(bounded * advantages, clipped * advantages)
+    cut = objective != ratio * advantages
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
