@@ -451,7 +451,7 @@ def explore(model, tokenizer, latents, problems, config):
 #                                          k of these are kept                             [GRPO, O]
 #   r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)     of the bare policy to the one that
 #                                          sampled: what latents find goes into the policy       [O]
-#   L = -mean_t min(r_t A, clip(r_t) A) - κ mean_t(A H_t)                                  [GRPO, C]
+#   L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)                       [GRPO, O, C]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """(R - mean) / (std + eps) over the responses to the same prompt; all [B]. [GRPO]
