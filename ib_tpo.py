@@ -252,9 +252,8 @@ def go_on_from(node, problem):
 #   η₁(s) = p̂(a*|s) / p̂(a*|parent) - (1 + 1/β)   (information gain),  η₂(s) = π(s)   (confidence)
 # (β+1) H(s|q,s_<) - β H(s|a*,q,s_<), both H as means of 1 - π over s ~ π(s|q,s_<), is by Bayes'
 # π(s|a*) = π(s) p(a*|s)/p(a*|v) just 1 + β Σ_s π² (p(a*|s)/p(a*|v) - (1 + 1/β)), π(s) a product.
-# Sampled, the sum is β/B Σ_b η₁ η₂; the paper's estimate drops the 1 and has (1+β)/B: the ranking
-# is the same. Where p̂ = p̂(parent), as if all are right or all wrong, η₁ = -1/β: confident steps
-# lose probability.
+# Sampled, it is β/B Σ_b η₁ η₂; the paper drops the 1 and has (1+β)/B: the same ranking. Where
+# p̂ = p̂(parent), as if all are right or all wrong, η₁ = -1/β: confident steps lose probability.
 
 def information_gain(node, beta):
     """η₁(s). Where the parent never led to a right answer the ratio counts as 1 [O]."""
@@ -337,8 +336,7 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """-mean_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A), r_t = π / π_old. [PPO, GRPO]
 
     logp, old_logp, mask (or weights of tokens): [B, T]; advantages: [B] or [B, T]. The mean is over
-    all tokens [DAPO], r_t at most 3 [dual-clip PPO, arXiv 1912.09729]. Also returns the mean ratio
-    and the share of tokens that the clip cuts off.
+    all tokens [DAPO], r_t at most 3 [arXiv 1912.09729]. Also the mean ratio and the share cut off.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]

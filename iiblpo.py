@@ -483,8 +483,7 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """-mean_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A), r_t = π / π_old. [PPO, GRPO]
 
     logp, old_logp, mask (or weights of tokens): [B, T]; advantages: [B] or [B, T]. The mean is over
-    all tokens [DAPO], r_t at most 3 [dual-clip PPO, arXiv 1912.09729]. Also returns the mean ratio
-    and the share of tokens that the clip cuts off.
+    all tokens [DAPO], r_t at most 3 [arXiv 1912.09729]. Also the mean ratio and the share cut off.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
