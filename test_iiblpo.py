@@ -426,9 +426,9 @@ def test_gamma_decays_linearly(folder, monkeypatch):
     c, seen, real = config("--psa_gamma", 2, "--psa_decay_steps", 10), [], m.explore
     assert [m.psa_gamma(s, c) for s in (0, 5, 10, 99)] == [2, 1, 0, 0]
     monkeypatch.setattr(m, "explore", lambda *a: seen.append(a[2][1].gamma) or real(*a))
-    run("--psa_decay_steps", 2, "--max_steps", 3)
+    run("--psa_gamma", 1, "--psa_decay_steps", 2, "--max_steps", 3)
     assert seen == [1, 0.5, 0]
-    assert m.psa_gamma(99, config("--psa_decay_steps", 0)) == config().psa_gamma == 1
+    assert m.psa_gamma(99, config("--psa_gamma", 2, "--psa_decay_steps", 0)) == 2
 
 def test_latents_are_drawn_from_the_prior():
     seed(0)
@@ -705,7 +705,7 @@ def test_micro_batches_and_logits_in_chunks_give_the_gradient_of_the_whole_batch
     for t in batch[method == "iiblpo":]:
         (logp, H), A = teacher_forced(model, t), t.advantage
         r, bonus = (logp - t.logps).exp(), 0.1 if method == "entropy_reg" else 0.005 * A
-        terms.append(-torch.minimum(r * A, r.clamp(0.8, 1.2) * A) - bonus * H)
+        terms.append(-torch.minimum(r.clamp(max=3) * A, r.clamp(0.8, 1.2) * A) - bonus * H)
     parts = [torch.cat(terms[i::2]) for i in (0, 1)]
     loss, grads = torch.cat(parts).mean().item(), [gradient(part.mean(), model) for part in parts]
     grad = sum(len(part) * g for part, g in zip(parts, grads)) / sum(map(len, parts))
@@ -1357,9 +1357,9 @@ def flat(model, roots, reference, *flags, outcomes=None):
         logp, _ = teacher_forced(model, t)
         ratio = teacher_forced(reference, t)[0].detach() - logp
         r = (logp - torch.cat([n.logps for n in leaf.path()])).exp()
-        bounded = r.clamp(1 - c.clip_low, 1 + c.clip_high)
-        terms.append(c.kl * (ratio.exp() - 1 - ratio) - torch.minimum(r * a, bounded * a))
-        cut.append((r > bounded) & (a > 0) | (r < bounded) & (a < 0))
+        clipped = r.clamp(1 - c.clip_low, 1 + c.clip_high)
+        terms.append(c.kl * (ratio.exp() - 1 - ratio) - torch.minimum(r.clamp(max=3) * a, clipped * a))
+        cut.append((r > clipped) & (a > 0) | ((r < clipped) | (r > 3)) & (a < 0))
     loss = torch.cat(terms).mean()
     return loss.item(), gradient(loss, model), torch.cat(cut).float().mean().item()
 
