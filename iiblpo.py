@@ -367,21 +367,20 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 def answer_gain(model, tokenizer, trajectories, config):
     """Î(r; a*), [B], by the policy without latents."""
     cue = "\\boxed{" if "\\boxed" in config.prompt else "#"  # what opens an answer
-    probes, asked = {}, []  # equal texts before the answer to one problem are scored once
+    probes = []
     for t in trajectories:
-        before = t.text[:t.text.rindex(cue)].rstrip("#") if cue in t.text else t.text
         answer = tokenizer(t.gold, add_special_tokens=False).input_ids
-        for key in (tuple(t.prompt), before), (tuple(t.prompt), ""):
-            given = tokenizer(key[1] + cue, add_special_tokens=False).input_ids
-            probes[key] = Trajectory(t.prompt, response=given + answer, start=len(given))
-            asked.append(key)
-    keys, means = list(probes), {}
-    for rows in micro_batches([len(t) for t in probes.values()], config.micro_tokens):
-        logp, _, mask = token_logps(model, [probes[keys[row]] for row in rows])
-        for row, mean in zip(rows, ((logp * mask).sum(1) / mask.sum(1)).tolist()):
-            means[keys[row]] = mean
-    asked = torch.tensor([means[key] for key in asked])
-    return asked[0::2] - asked[1::2]  # with what the response says before, and without
+        before = t.text
+        if cue in before:
+            before = before[:before.rindex(cue)].rstrip("#")
+        for said in (before, ""):
+            given = tokenizer(said + cue, add_special_tokens=False).input_ids
+            probes.append(Trajectory(t.prompt, response=given + answer, start=len(given)))
+    means = torch.zeros(len(probes))
+    for rows in micro_batches([len(t) for t in probes], config.micro_tokens):
+        logp, _, mask = token_logps(model, [probes[row] for row in rows])
+        means[rows] = ((logp * mask).sum(1) / mask.sum(1)).cpu()
+    return means[0::2] - means[1::2]  # with what the response says before, and without
 
 def trajectory_ib_score(answer_gain, entropy, mask, groups, beta):
     """S_IB, [B]; answer_gain, groups: [B], entropy, mask: [B, T]."""
@@ -722,11 +721,6 @@ def head_outputs(model, problems):
         hook.remove()
     return torch.stack(seen).view(len(problems), len(layers), model.config.num_attention_heads, -1)
 
-def spearman(a, b):
-    """Rank correlation of two [n], ties at their mean rank; 0 where one is constant."""
-    ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in (a, b)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()
-
 def ridge_probe(x, y, x_new):
     """Predictions [m] for x_new [m, D] of a ridge regression of y [n] on standardised x [n, D]."""
     mean, scale = x.mean(0), x.std(0) + 1e-6
@@ -748,16 +742,15 @@ def probe_heads(config):
     rewards = torch.tensor([t.reward for t in responses], dtype=torch.double)
     difficulty = 1 - rewards.view(-1, len(problems)).mean(0)
     outputs, half = head_outputs(model, problems), len(problems) // 2
-    orders = [torch.arange(len(problems))] + [torch.randperm(len(problems)) for _ in range(20)]
-    scores = torch.zeros(len(orders), *outputs.shape[1:3])  # in order, and 20 times shuffled
-    for n, layer, head in itertools.product(*map(range, scores.shape)):
-        x, y = outputs[:, layer, head], difficulty[orders[n]]
-        scores[n, layer, head] = spearman(ridge_probe(x[:half], y[:half], x[half:]), y[half:])
-    chance = scores[1:].max().item()
-    print(f"mean difficulty {difficulty.mean():.2f}; by chance the best head has {chance:.2f}")
-    for layer, row in enumerate(scores[0].tolist()):
-        print(f"layer {layer:2}: " + " ".join(f"{value:+.2f}" for value in row))
-    report = {"scores": scores[0].tolist(), "chance": chance, "difficulty": difficulty.tolist()}
+    predicted = {}
+    for layer, head in itertools.product(range(outputs.shape[1]), range(outputs.shape[2])):
+        x = outputs[:, layer, head]
+        predicted[layer, head] = ridge_probe(x[:half], difficulty[:half], x[half:]).numpy()
+    ranks = pandas.DataFrame(predicted).rename_axis(columns=["layer", "head"]).rank()
+    scores = ranks.corrwith(pandas.Series(difficulty[half:]).rank()).fillna(0)  # 0: all are equal
+    print(f"mean difficulty {difficulty.mean():.2f}\n{scores.unstack().round(2)}")
+    print(f"best heads\n{scores.nlargest(5).round(2)}")
+    report = {"scores": scores.unstack().values.tolist(), "difficulty": difficulty.tolist()}
     save_lines(Path(config.out or "runs") / "heads.json", [report])
     return report
 
