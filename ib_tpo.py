@@ -53,8 +53,6 @@ datasets.disable_progress_bars()
 
 def setting(default, help):
     """A field of Config: its default and what it does."""
-    if isinstance(default, list):
-        return HfArg(default_factory=default.copy, help=help)
     return HfArg(default=default, help=help)
 
 
@@ -75,13 +73,14 @@ class Config:
     dataset: str = setting("gsm8k", "gsm8k, math, chain, or a .jsonl, .json or .parquet file")
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
                           "\\boxed{}.", "what the policy is asked")
-    operands: list[int] = setting([4, 7], "chain: fewest and most digits")
+    operands: list[int] = HfArg(default_factory=[4, 7].copy, help="chain: fewest and most digits")
     habit: float = setting(0.75, "chain: share of demonstrated lines that go left to right")
     warm_steps: int = setting(1000, "tiny: supervised steps before RL")
     # the tree
     prompts_per_step: int = setting(16, "prompts a step, a tree each")
-    tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: rollouts from the root; rounds, the first "
-                              "one included; nodes a round; continuations a node")
+    tree: list[int] = HfArg(
+        default_factory=[4, 9, 1, 1].copy, help="B0 L K B: rollouts from the root; rounds, the "
+        "first one included; nodes a round; continuations a node")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
         "ib", "where to branch: highest IB-Score, anywhere, everywhere once, entropy, nowhere")
     rollouts: int = setting(0, "responses a prompt of the independent sampler; 0: as a tree has")
@@ -93,7 +92,7 @@ class Config:
     advantage: Literal["gl+ib", "gl", "ib", "grpo"] = setting("gl+ib", "A_GL + lam A_IB, or less")
     lam: float = setting(0.1, "lambda: weight of A_IB")
     lr: float = setting(1e-6, "AdamW's learning rate")
-    updates_per_step: int = setting(1, "parts of a batch, an optimizer step each")
+    updates_per_step: int = setting(1, "parts of a batch, a step each; at 1 no ratio is cut")
     clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
     clip_high: float = setting(0.2, "... 1 + clip_high]")
     kl: float = setting(0.001, "weight of the k3 KL to the frozen starting policy")
@@ -132,9 +131,9 @@ class Trajectory:
         return len(self.prompt) + len(self.response)
 
 
-# ==== IBTree: steps and how they grow =============================================================
-#   p̂(a*|s) = mean reward of the trajectories through step s                                    [P]
-#   B₀ rollouts, then L - 1 rounds: B continuations of each of the K nodes of highest IB-Score   [P]
+# ==== IBTree: steps and how they grow
+#   [P] p̂(a*|s) = mean reward of the trajectories through step s
+#   [P] B₀ rollouts, then L - 1 rounds: B continuations of each of the K nodes of highest IB-Score
 #   G = B₀ + (L - 1) K B trajectories a tree
 
 @dataclass(eq=False)
@@ -241,15 +240,13 @@ def grow(model, tokenizer, problems, config, rng):
 def go_on_from(node, problem):
     """The trajectory of a problem that ends with a node's step, to be gone on from."""
     path = node.path()
-    if not path:
-        return problem
     return replace(problem, response=[token for step in path for token in step.tokens],
-                   logps=torch.cat([step.logps for step in path]),
-                   entropy=torch.cat([step.entropy for step in path]))
+                   logps=torch.cat([problem.logps, *[step.logps for step in path]]),
+                   entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
 
-# ==== IB-Score: where to branch ===================================================================
-#   J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b)     over the B sub-steps s_b sampled at v              [P]
-#   η₁(s) = p̂(a*|s) / p̂(a*|parent) - (1 + 1/β)   (information gain),  η₂(s) = π(s)   (confidence)
+# ==== IB-Score: where to branch
+#   [P] J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b), over the B sub-steps s_b sampled at v
+#   [P] information gain η₁(s) = p̂(a*|s) / p̂(a*|parent) - (1 + 1/β),  confidence η₂(s) = π(s)
 # (β+1) H(s|q,s_<) - β H(s|a*,q,s_<), both H as means of 1 - π over s ~ π(s|q,s_<), is by Bayes'
 # π(s|a*) = π(s) p(a*|s)/p(a*|v) just 1 + β Σ_s π² (p(a*|s)/p(a*|v) - (1 + 1/β)), π(s) a product.
 # Sampled, it is β/B Σ_b η₁ η₂; the paper drops the 1 and has (1+β)/B: the same ranking. Where
@@ -295,9 +292,9 @@ def select_nodes(root, k, sampler, config, rng):
         rng.shuffle(nodes)
     return (nodes * k)[:k]
 
-# ==== Step-level advantages =======================================================================
-#   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards, 0 where that is 0                   [P]
-#   A_IB(s) = η₁(s) η₂(s), of π_old;           A(s) = A_GL(s) + λ A_IB(s)                       [P]
+# ==== Step-level advantages
+#   [P] A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards, 0 where that is 0
+#   [P] A_IB(s) = η₁(s) η₂(s), of π_old;  A(s) = A_GL(s) + λ A_IB(s)
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s): at ratio 1,
 # A_GL on the tree is GRPO on its trajectories. New is where samples are taken, and λ A_IB. [O]
 
@@ -326,17 +323,17 @@ def group_advantages(rewards, groups, eps=1e-4):
         advantages[groups == g] = (own - own.mean()) / (own.std(correction=0) + eps)
     return advantages
 
-# ==== Update on packed trees ======================================================================
-#   L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL,   over the tokens of all G trajectories      [P]
+# ==== Update on packed trees
+#   [P] L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over the tokens of all G trajectories
 # A step that trajectories share is run once: the tree lies depth-first in one sequence, a token
 # sees its ancestors and itself, its position is its depth, and its weight in the mean is the
 # number of trajectories through it. The gradient is that of G separate rows [O].
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """-mean_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A), r_t = π / π_old. [PPO, GRPO]
+    """-mean_t min(min(r_t, 3) A, clip(r_t, 1 - clip_low, 1 + clip_high) A), r_t = π / π_old. [GRPO]
 
     logp, old_logp, mask (or weights of tokens): [B, T]; advantages: [B] or [B, T]. The mean is over
-    all tokens [DAPO], r_t at most 3 [arXiv 1912.09729]. Also the mean ratio and the share cut off.
+    all tokens [DAPO]; the 3: [arXiv 1912.09729]. Also the mean ratio and the share of tokens cut.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -435,7 +432,7 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
         total.update(part)
     return {**total, "grad_norm": norm}
 
-# ==== The training step ===========================================================================
+# ==== The training step
 
 def training_step(model, tokenizer, optimizer, reference, problems, config, step):
     """One step of the method; returns its line of metrics.jsonl."""
@@ -461,7 +458,7 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
     return rollout_metrics(trajectories) | stats | metrics
 
 
-# ==================================================================================================
+# ====
 # What only IB-TPO needs
 
 def prepare(model, config):
@@ -471,11 +468,9 @@ def prepare(model, config):
     return copy.deepcopy(model).requires_grad_(False)
 
 def show(config):
-    """Print the tree of a held-out problem, by the policy of the run `out` or at the start."""
+    """Print the tree of a held-out problem; after a run, with --model RUN/model."""
     model, tokenizer = load_policy(config)
     heldout = encode(load_problems(config)[1], model, tokenizer, config)
-    if config.out:
-        load_state(Path(config.out), config, {"model": model})
     torch.manual_seed(config.seed)
     problem = heldout[config.seed % len(heldout)]
     roots, _ = grow(model, tokenizer, [problem], config, random.Random(config.seed))
@@ -493,7 +488,7 @@ def show(config):
     return root
 
 
-# ==== Supporting code, which any such script needs: the same words in both ========================
+# ==== Supporting code, which any such script needs: the same words in both
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -511,7 +506,6 @@ def token_entropy(logits):
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
     return -(logp.exp() * logp).sum(-1)
 
-@torch.no_grad()
 def sample(model, tokenizer, begun, config, greedy=False, steer=None):
     """Go on from each trajectory of `begun`, a prompt or a prefix, at temperature 1; in order.
 
@@ -578,7 +572,7 @@ def take_step(model, optimizer, config):
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if not math.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite")
+        fail("the gradient is not finite: --resume goes on from the last checkpoint")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -660,9 +654,8 @@ def read_rows(table, name):
         answer = row.get("answer", row.get("solution"))
         gold = extract_answer(str(answer)) or str(answer).strip()
         if not question or answer is None or not 0 < len(gold) <= MAX_LENGTH:
-            fail(f"{name} needs a column question, problem or prompt, a column answer or solution, "
-                 f"and in each row a question and an answer of at most {MAX_LENGTH} characters, "
-                 f"unlike {row}")
+            fail(f"{name} needs in each row a question (or problem, prompt) and an answer (or "
+                 f"solution) of at most {MAX_LENGTH} characters, unlike {row}")
         pairs.append((str(question), gold))
     return pairs
 
@@ -783,7 +776,10 @@ def judge(trajectories, config):
         else:
             t.reward = float(verify(answer, t.gold))
 
-MAX_LENGTH, LARGEST, MAX_POWER, DIGITS = 300, 10**80, 100, 400  # what goes beyond is text [O]
+MAX_LENGTH = 300  # an answer that goes beyond these is compared as text [O]
+LARGEST = 10 ** 80
+MAX_POWER = 100
+DIGITS = 400
 UNIT = (r"%|(?: m|[ckm]m|kg|ft|feet|inch|hour|day|month|dollar|degree|people)(?:\^[23])?|(?<=[ })])"
         r"(?!(?:time|equal|pair|halve|third|quarter|two|three|four|five|sixe|seven|eight|nine|ten|"
         r"dozen|hundred|thousand|\w*illion|perhap)s)[a-z]{2,}[a-gj-rtv-z](?=s)")  # plurals
@@ -921,7 +917,7 @@ def rollout_metrics(trajectories):
     trajectories = gather(trajectories)
     tokens, count = own_tokens(trajectories), len(trajectories)
     groups = {t.group for t in trajectories}
-    found = {(t.group, t.reward) for t in trajectories}  # two of a problem whose rewards differ
+    found = {(t.group, t.reward) for t in trajectories}  # a problem of both is there twice
     right = {(t.group, t.text) for t in trajectories if t.reward}
     entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
@@ -944,22 +940,19 @@ def parse_config(script, argv):
         file = Path(given.config or Path(__file__).with_name("tiny_config.yaml"))
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            assert content.keys() <= {"common", "iiblpo", "ib_tpo"}, list(content)
-            settings = content.get("common", {}) | content.get(script, {})
+            settings = content["common"] | content[script]
         except Exception as e:
-            fail(f"cannot read {file}, of sections common, iiblpo and ib_tpo: {e!r}")
+            fail(f"cannot read {file}, of sections common and {script}: {e!r}")
         for name, value in settings.items():  # as flags, so that one parser reads both
             values = value if isinstance(value, list) else [value]
             argv = [f"--{name}", *map(str, values)] + argv
-    values = vars(parser.parse_args(argv))
-    del values["config"]
-    for name, value in values.items():
+    config = parser.parse_args(argv, Config())
+    for name, value in asdict(config).items():
         for x in value if isinstance(value, list) else [value]:
             low = 1 if type(x) is int and name not in MAY_BE_0 else 0
             high = 1 if name in SHARES else 10 ** 12
             if type(x) in (int, float) and not low <= x <= high:  # nan is not, either
                 fail(f"{name} must be from {low} to {high}, not {x}")
-    config = Config(**values)
     if "{question}" not in config.prompt:
         fail("prompt must contain {question}")
     if len(config.operands) != 2 or config.operands[0] > config.operands[1]:
@@ -996,15 +989,12 @@ def load_state(folder, config, parts):
     """What state.pt holds besides the `parts` (name: module or optimizer), which are restored."""
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
                   "micro_tokens", "generate_tokens")
-    try:
-        state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
-        for name, value in asdict(config).items():
-            if config.resume and name not in may_differ and state["config"].get(name) != value:
-                fail(f"{folder} was made with {name} {state['config'].get(name)!r}, not {value!r}")
-        for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
-    except Exception as e:  # no such file, half a file, or a run of other settings
-        fail(f"cannot read {folder}/state.pt into these settings: {e!r}")
+    state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
+    for name, value in asdict(config).items():
+        if name not in may_differ and state["config"].get(name) != value:
+            fail(f"{folder} was made with {name} {state['config'].get(name)!r}, not {value!r}")
+    for name, part in parts.items():
+        part.load_state_dict(state.pop(name))
     return state
 
 def run_folder(config):
@@ -1025,20 +1015,21 @@ def save_state(folder, state, parts):
 
 def train(config):
     """Evaluate, train, evaluate again; returns the summary."""
-    began, folder, pairs = time.time(), run_folder(config), load_problems(config)
+    began = time.time()
+    folder = run_folder(config)
+    pairs = load_problems(config)
     model, tokenizer = load_policy(config)
     problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
     torch.manual_seed(config.seed)
     extra = prepare(model, config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     parts = {"model": model, "optimizer": optimizer, "extra": extra}
-    state = {"config": asdict(config), "log": []}
     if (folder / "state.pt").exists():
         state = load_state(folder, config, parts)
+    else:
+        before = evaluate(model, tokenizer, heldout, config)
+        state = {"config": asdict(config), "log": [], "before": before}
     log = state["log"]  # one list: what is appended is saved
-    save_lines(folder / "metrics.jsonl", log)
-    if "before" not in state:
-        state["before"] = evaluate(model, tokenizer, heldout, config)
 
     tokens = sum(line["tokens_sampled"] for line in log)
     while len(log) < config.max_steps and tokens < (config.max_tokens or math.inf):
@@ -1046,10 +1037,7 @@ def train(config):
         if step % config.save_every == 0:
             save_state(folder, state, parts)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
-        try:
-            metrics = training_step(model, tokenizer, optimizer, extra, problems, config, step)
-        except FloatingPointError as e:
-            sys.exit(f"error: {e} at step {step}; {folder}/state.pt is the last checkpoint")
+        metrics = training_step(model, tokenizer, optimizer, extra, problems, config, step)
         if config.eval_every and (step + 1) % config.eval_every == 0:
             found = evaluate(model, tokenizer, heldout, config)
             metrics |= {f"eval_{name}": value for name, value in found.items()}
@@ -1101,10 +1089,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal may know no Greek
     try:
         main()
-        sys.stdout.flush()
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,7 +19,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
@@ -55,8 +54,6 @@ datasets.disable_progress_bars()
 
 def setting(default, help):
     """A field of Config: its default and what it does."""
-    if isinstance(default, list):
-        return HfArg(default_factory=default.copy, help=help)
     return HfArg(default=default, help=help)
 
 
@@ -78,7 +75,7 @@ class Config:
     dataset: str = setting("gsm8k", "gsm8k, math, chain, or a .jsonl, .json or .parquet file")
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
                           "\\boxed{}.", "what the policy is asked")
-    operands: list[int] = setting([4, 7], "chain: fewest and most digits")
+    operands: list[int] = HfArg(default_factory=[4, 7].copy, help="chain: fewest and most digits")
     habit: float = setting(0.75, "chain: share of demonstrated lines that go left to right")
     warm_steps: int = setting(1000, "tiny: supervised steps before RL")
     # rollout
@@ -106,7 +103,8 @@ class Config:
     kappa: float = setting(0.005, "kappa: weight of the IB self-reward")
     # update
     lr: float = setting(1e-6, "AdamW's learning rate")
-    updates_per_step: int = setting(1, "parts of a batch, an optimizer step each")
+    updates_per_step: int = setting(1, "parts of a batch, an optimizer step each; at 1 only "
+                                  "steered branches have ratios to clip")
     clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
     clip_high: float = setting(0.2, "... 1 + clip_high]; dapo: at least 0.28")
     entropy_bonus: float = setting(0.003, "entropy_reg: weight of the entropy")
@@ -121,7 +119,7 @@ class Config:
         """What the method implies, and what else must hold."""
         if self.method == "dapo":
             self.clip_high = max(0.28, self.clip_high)  # clip-higher
-        if self.rollouts <= (self.initial if self.method == "iiblpo" else 0):
+        if self.rollouts == 0 or self.method == "iiblpo" and self.rollouts <= self.initial:
             fail("rollouts must be above 0, initial below rollouts: branches get the rest of them")
 
 
@@ -145,11 +143,11 @@ class Trajectory:
         return len(self.prompt) + len(self.response)
 
 
-# ==== Stage 1: entropy-driven latent branching ====================================================
-#   H_t = -Σ_v p_t(v) ln p_t(v)                                           token entropy          [P]
-#   Ω = the top ρ of a response's positions by H_t,  t* ~ Uniform(Ω)      where it hesitates     [P]
-#   c = (q, o_<t*),  z_1 ... z_K ~ p_ψ(z | c)                             a latent a branch      [P]
-#   K' = [γ W_K z ; K],  V' = [γ W_V z ; V],  w' = w + γ W_N z            pseudo self-attention  [P]
+# ==== Stage 1: entropy-driven latent branching
+#   [P] token entropy          H_t = -Σ_v p_t(v) ln p_t(v)
+#   [P] where it hesitates     Ω = the top ρ of a response's positions by H_t,  t* ~ Uniform(Ω)
+#   [P] a latent a branch      c = (q, o_<t*),  z_1 ... z_K ~ p_ψ(z | c)
+#   [P] pseudo self-attention  K' = [γ W_K z ; K],  V' = [γ W_V z ; V],  w' = w + γ W_N z
 # w: an input norm's weights. o_t* is decided again: H_t* is the entropy of its choice [O, not C].
 
 def branch_positions(entropy, mask, top_frac, generator=None):
@@ -226,7 +224,7 @@ class PseudoSelfAttention(torch.nn.Module):
         self.to_norm = torch.nn.Linear(config.z_dim, width, bias=False)  # W_N
         for weight in self.parameters():
             torch.nn.init.normal_(weight, std=0.01)  # [C]
-        self.gamma, self.halflife = config.psa_gamma, config.psa_halflife
+        self.gamma, self.halflife = config.psa_gamma, config.psa_halflife or math.inf
         self.steering = False
         model.set_attn_implementation("psa")
         model.base_model.register_forward_pre_hook(self.note_age, with_kwargs=True)
@@ -263,12 +261,10 @@ class PseudoSelfAttention(torch.nn.Module):
         """After layer i's input norm: w x̂ + δ x̂ = (w + δ) x̂, δ = γ W_N z, which may fade. [P]"""
         if not self.steering:
             return output
-        x = args[0].float()
+        x = args[0]
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-        strength = (self.age >= 0).float()
-        if self.halflife > 0:
-            strength = strength * 0.5 ** (self.age.clamp(min=0) / self.halflife)
-        return output + (strength[..., None] * self.changes[:, i] * x).to(output.dtype)
+        strength = (self.age >= 0) * 0.5 ** (self.age.clamp(min=0) / self.halflife)
+        return output + strength[..., None] * self.changes[:, i] * x
 
 def psa_attention(module, query, key, value, attention_mask, **kwargs):
     """The usual attention, with the latent's slot, if there is one, before keys and values.
@@ -276,7 +272,7 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
     query: [B, heads, Q, D]; key, value: [B, KV, K, D]; attention_mask: bool [B, 1, Q, K] or None.
     """
     psa, i = getattr(module, "psa", (None, None))
-    if psa is not None and psa.steering:
+    if psa and psa.steering:
         B, Q, K = len(query), query.shape[2], key.shape[2]
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
             attention_mask = torch.ones(Q, K, dtype=torch.bool, device=DEVICE).tril(K - Q)
@@ -290,16 +286,15 @@ transformers.AttentionInterface.register("psa", psa_attention)
 transformers.AttentionMaskInterface.register("psa", sdpa_mask)
 
 def psa_gamma(step, config):
-    """γ at a training step: it falls linearly to 0 in psa_decay_steps (0: it stays). [P]"""
+    """γ at a training step: it falls linearly to 0. [P]"""
     return config.psa_gamma * max(0.0, 1 - step / (config.psa_decay_steps or math.inf))
 
 def latent_loss(model, latents, batch, prefix, continuation):
-    """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows: -ELBO at a KL
-    weight of 1/2. The decoder is the frozen policy, steered by z [O]: latents that decode into a
-    feature [C] were measured to do nothing to what the policy says.
+    """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows; 0.5 nats of KL
+    a dimension are free. The decoder is the frozen policy, steered by z [O]: latents that decode
+    into a feature [C] were measured to do nothing to what the policy says.
 
-    The first 0.5 nats of KL a dimension are free.
-    prefix, continuation: their features, [B, H]. Also returns ln π of the rows [B] and the KL [Z].
+    prefix, continuation: [B, H]. Also returns ln π of the rows [B] and the KL [Z].
     """
     cvae, psa = latents
     prior, posterior = cvae.prior(prefix), cvae.posterior(prefix, continuation)
@@ -339,29 +334,27 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     comes before any second one, until `budget` is spent, were each to end where its parent ends.
     """
     prefixes = prefixes_to_branch(parents, config)
-    begun, origins = [], []
-    for k in range(config.branches):
-        for i, prefix in enumerate(prefixes):
-            budget -= len(parents[i].response) - prefix.start
-            if budget >= 0:
-                begun.append(prefix)
-                origins.append((i, k))
-    if not latents or not begun:
+    begun = []
+    for prefix, parent in zip(prefixes * config.branches, parents * config.branches):
+        budget -= len(parent.response) - prefix.start
+        if budget >= 0:
+            begun.append(prefix)
+    if not latents:
         return sample(model, tokenizer, begun, config)
     cvae, psa = latents
     z = cvae.sample(features(model, prefixes, config)[0], config.branches)
-    z = torch.stack([z[origin] for origin in origins])
+    z = z.transpose(0, 1).flatten(0, 1)[:len(begun)]  # in the order of `begun`
 
     def steer(rows, column):  # generation goes on behind `column`, the last one of each prefix
         return psa.steer(z[rows], torch.full((len(rows),), column, device=DEVICE))
 
     return sample(model, tokenizer, begun, config, steer=steer)
 
-# ==== Stage 2: information-bottleneck filter and self-reward ======================================
-#   S_IB(r) = β Î(r; a*) - Î(q; r)                                r: a whole response            [P]
-#   Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|   r̄: r before its answer      [O]
-#   Î(q; r) = Ĥ(r) / mean of Ĥ over the prompt's responses           Ĥ(r) = Σ_t H_t              [O]
-#   self-reward: κ mean_t(A H_t), IBRO's surrogate                   A: the advantage, below     [C]
+# ==== Stage 2: information-bottleneck filter and self-reward
+#   [P] S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r
+#   [O] Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|, r̄: r before its answer
+#   [O] Î(q; r) = Ĥ(r) / mean of Ĥ over the prompt's responses, Ĥ(r) = Σ_t H_t
+#   [C] self-reward: κ mean_t(A H_t), IBRO's surrogate; A: the advantage, below
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
@@ -370,9 +363,7 @@ def answer_gain(model, tokenizer, trajectories, config):
     probes = []
     for t in trajectories:
         answer = tokenizer(t.gold, add_special_tokens=False).input_ids
-        before = t.text
-        if cue in before:
-            before = before[:before.rindex(cue)].rstrip("#")
+        before = t.text.partition(cue)[0]
         for said in (before, ""):
             given = tokenizer(said + cue, add_special_tokens=False).input_ids
             probes.append(Trajectory(t.prompt, response=given + answer, start=len(given)))
@@ -445,12 +436,13 @@ def explore(model, tokenizer, latents, problems, config):
             kept = [candidates[i] for i in chosen]
     return candidates, kept
 
-# ==== Update ======================================================================================
-#   A = n/k (R - mean) / (std + 1e-4)      mean, std: all candidates of a prompt; n of them have R,
-#                                          k of these are kept                             [GRPO, O]
-#   r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)     of the bare policy to the one that
-#                                          sampled: what latents find goes into the policy       [O]
-#   L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)                       [GRPO, O, C]
+# ==== Update
+#   [GRPO, O]     A = n/k (R - mean) / (std + 1e-4)
+#   [O]           r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)
+#   [GRPO, O, C]  L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)
+# mean, std: of all candidates of a prompt; n of them have reward R, k of these are kept
+# (by the baselines: all).
+# r_t: the bare policy over the one that sampled, so that what latents find goes into the policy.
 
 def group_advantages(rewards, groups, eps=1e-4):
     """(R - mean) / (std + eps) over the responses to the same prompt; all [B]. [GRPO]
@@ -479,10 +471,10 @@ def set_advantages(candidates, kept):
         t.advantage *= sampled[t.group, t.reward] / left[t.group, t.reward]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """-mean_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A), r_t = π / π_old. [PPO, GRPO]
+    """-mean_t min(min(r_t, 3) A, clip(r_t, 1 - clip_low, 1 + clip_high) A), r_t = π / π_old. [GRPO]
 
     logp, old_logp, mask (or weights of tokens): [B, T]; advantages: [B] or [B, T]. The mean is over
-    all tokens [DAPO], r_t at most 3 [arXiv 1912.09729]. Also the mean ratio and the share cut off.
+    all tokens [DAPO]; the 3: [arXiv 1912.09729]. Also the mean ratio and the share of tokens cut.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -533,7 +525,7 @@ def update(model, optimizer, batch, config):
     effective = 1 / weights.square().sum().item()  # sample size of the branches, by their weights
     return {**total, "grad_norm": norm, "branch_ess": effective / len(weights)}
 
-# ==== The training step ===========================================================================
+# ==== The training step
 
 def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     """One step of the method, or of a baseline; returns its line of metrics.jsonl."""
@@ -549,8 +541,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
             metrics = train_latents(model, tokenizer, latents, shuffled, config)
         latents[1].gamma = psa_gamma(step, config)
 
-    # 3. roll out, branch where the policy hesitates, keep what is informative and short;
-    #    advantages are relative to all candidates
+    # 3. roll out, branch where the policy hesitates, keep what is informative and short
     began = time.time()
     if config.method == "iiblpo":
         batch = share(shuffled[:config.prompts_per_step])
@@ -571,9 +562,8 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     return metrics
 
 
-# ==================================================================================================
-# What only I²B-LPO needs: training the latents, passes over whole responses, the baselines'
-# rollouts, two looks inside
+# ====
+# What only I²B-LPO needs
 
 def prepare(model, config):
     """What is trained besides the policy: (cvae, psa), or nothing without latents."""
@@ -587,7 +577,7 @@ def prepare(model, config):
     return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
 
 def train_latents(model, tokenizer, latents, problems, config):
-    """Train prior, posterior and PSA on the policy's alternatives; a report of the last batch."""
+    """Train prior, posterior and PSA on the policy's alternatives; a report on the last of them."""
     latents[1].gamma = config.psa_gamma
     problems = share(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
@@ -619,32 +609,29 @@ def train_latents(model, tokenizer, latents, problems, config):
 def last_states(model, batch):
     """Last hidden states [B, P + T, H] of whole trajectories, their token ids [B, P + T], and P.
 
-    Prompts are padded on the left, responses on the right: column P + t is token t of every row.
+    Prompts are padded on the left, responses on the right, both with -1: column P + t is token t of
+    every row.
     """
-    P, T = max(len(t.prompt) for t in batch), max(len(t.response) for t in batch)
-    ids = torch.zeros(len(batch), P + T, dtype=torch.long, device=DEVICE)
-    mask = torch.zeros_like(ids)
-    for row, t in enumerate(batch):
-        columns = slice(P - len(t.prompt), P + len(t.response))
-        ids[row, columns] = torch.tensor(t.prompt + t.response)
-        mask[row, columns] = 1
+    P = max(len(t.prompt) for t in batch)
+    rows = [[-1] * (P - len(t.prompt)) + t.prompt + t.response for t in batch]
+    ids = pad([torch.tensor(row) for row in rows], padding_value=-1).to(DEVICE)
+    mask = (ids >= 0).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with autocast():
-        states = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                  use_cache=False).last_hidden_state
+        states = model.base_model(input_ids=ids.clamp(min=0), attention_mask=mask,
+                                  position_ids=positions, use_cache=False).last_hidden_state
     return states, ids, P
 
 def token_logps(model, batch):
     """ln π(o_t) and H_t of trajectories' own tokens, and their mask: three [B, T] tensors."""
     states, ids, P = last_states(model, batch)
-    column = torch.arange(ids.shape[1] - P)
-    begin = torch.tensor([t.start for t in batch])[:, None]
-    end = torch.tensor([len(t.response) for t in batch])[:, None]
-    mask = ((begin <= column) & (column < end)).to(DEVICE)
+    tokens = ids[:, P:]
+    begin = torch.tensor([t.start for t in batch], device=DEVICE)[:, None]
+    mask = (tokens >= 0) & (torch.arange(tokens.shape[1], device=DEVICE) >= begin)
     with autocast():
-        flat_logp, flat_entropy = score(model, states[:, P - 1:-1][mask], ids[:, P:][mask])
-    zeros = torch.zeros(mask.shape, device=DEVICE)
-    return zeros.masked_scatter(mask, flat_logp), zeros.masked_scatter(mask, flat_entropy), mask
+        flat = score(model, states[:, P - 1:-1][mask], tokens[mask])
+    logp, entropy = torch.zeros(2, *mask.shape, device=DEVICE).masked_scatter(mask, flat)
+    return logp, entropy, mask
 
 @torch.no_grad()
 def features(model, batch, config):
@@ -661,38 +648,28 @@ def features(model, batch, config):
 def baseline_rollouts(model, tokenizer, shuffled, config):
     """(all, those to train on): `rollouts` responses to each of the first problems of `shuffled`.
 
-    dapo takes further problems, up to twice, in the place of those whose rewards are all equal, and
-    leaves out what was cut at the length limit.
+    dapo goes on, up to twice, in the place of problems whose rewards are all equal (so that their
+    advantages are 0), and leaves out what was cut at the length limit.
     """
-    rounds = 3 if config.method == "dapo" else 1
-    waiting = share(shuffled[:rounds * config.prompts_per_step])
-    wanted = len(share(shuffled[:config.prompts_per_step]))
-    candidates, kept = [], []
-    for _ in range(rounds):
-        missing = wanted - len({t.group for t in kept})
+    dapo = config.method == "dapo"
+    missing = wanted = len(share(shuffled[:config.prompts_per_step]))
+    waiting, candidates = share(shuffled[:3 * config.prompts_per_step]), []
+    for _ in range(3 if dapo else 1):
         new = sample(model, tokenizer, waiting[:missing] * config.rollouts, config)
-        waiting = waiting[missing:]
         judge(new, config)
         candidates += new
-        if config.method == "dapo":
-            counts = Counter((t.group, t.reward) for t in new)
-            new = [t for t in new if counts[t.group, t.reward] < config.rollouts]
-        kept += new
-    if config.method == "dapo":
-        kept = [t for t in kept if t.complete]
-    return candidates, kept
+        waiting = waiting[missing:]
+        found = {(t.group, t.reward) for t in candidates}  # a problem of both is there twice
+        missing = wanted - (len(found) - len({t.group for t in candidates}))
+    return candidates, [t for t in candidates if t.complete or not dapo]
 
 def show(config):
-    """Print how a held-out problem is explored, by the policy of the run `out` or at the start."""
+    """Print how a held-out problem is explored; after a run, with --model RUN/model."""
     model, tokenizer = load_policy(config)
     problems, heldout = [encode(side, model, tokenizer, config) for side in load_problems(config)]
     torch.manual_seed(config.seed)
     latents = prepare(model, config)
-    if config.out:
-        state = load_state(Path(config.out), config, {"model": model, "extra": latents})
-        for psa in latents[1:]:
-            psa.gamma = psa_gamma(len(state["log"]), config)
-    elif latents:
+    if latents:
         print(train_latents(model, tokenizer, latents, problems, config))
     problem = heldout[config.seed % len(heldout)]
     candidates, kept = explore(model, tokenizer, latents, [problem], config)
@@ -729,10 +706,8 @@ def ridge_probe(x, y, x_new):
     return y.mean() + x_new @ torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean()))
 
 def probe_heads(config):
-    """Score the attention heads of the policy of run `out`, or of the start; print and save."""
+    """Score the attention heads of a policy; print and save."""
     model, tokenizer = load_policy(config)
-    if config.out:
-        load_state(Path(config.out), config, {"model": model})
     problems = encode(load_problems(config)[1], model, tokenizer, config)
     if len(problems) < 4:
         fail("--probe_heads needs 4 problems at least: more --eval_prompts")
@@ -743,19 +718,20 @@ def probe_heads(config):
     difficulty = 1 - rewards.view(-1, len(problems)).mean(0)
     outputs, half = head_outputs(model, problems), len(problems) // 2
     predicted = {}
-    for layer, head in itertools.product(range(outputs.shape[1]), range(outputs.shape[2])):
-        x = outputs[:, layer, head]
-        predicted[layer, head] = ridge_probe(x[:half], difficulty[:half], x[half:]).numpy()
+    for layer in range(outputs.shape[1]):
+        for head in range(outputs.shape[2]):
+            x = outputs[:, layer, head]
+            predicted[layer, head] = ridge_probe(x[:half], difficulty[:half], x[half:]).numpy()
     ranks = pandas.DataFrame(predicted).rename_axis(columns=["layer", "head"]).rank()
     scores = ranks.corrwith(pandas.Series(difficulty[half:]).rank()).fillna(0)  # 0: all are equal
     print(f"mean difficulty {difficulty.mean():.2f}\n{scores.unstack().round(2)}")
     print(f"best heads\n{scores.nlargest(5).round(2)}")
     report = {"scores": scores.unstack().values.tolist(), "difficulty": difficulty.tolist()}
-    save_lines(Path(config.out or "runs") / "heads.json", [report])
+    save_lines(Path(config.out or "runs", "heads.json"), [report])
     return report
 
 
-# ==== Supporting code, which any such script needs: the same words in both ========================
+# ==== Supporting code, which any such script needs: the same words in both
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -773,7 +749,6 @@ def token_entropy(logits):
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
     return -(logp.exp() * logp).sum(-1)
 
-@torch.no_grad()
 def sample(model, tokenizer, begun, config, greedy=False, steer=None):
     """Go on from each trajectory of `begun`, a prompt or a prefix, at temperature 1; in order.
 
@@ -840,7 +815,7 @@ def take_step(model, optimizer, config):
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if not math.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite")
+        fail("the gradient is not finite: --resume goes on from the last checkpoint")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -922,9 +897,8 @@ def read_rows(table, name):
         answer = row.get("answer", row.get("solution"))
         gold = extract_answer(str(answer)) or str(answer).strip()
         if not question or answer is None or not 0 < len(gold) <= MAX_LENGTH:
-            fail(f"{name} needs a column question, problem or prompt, a column answer or solution, "
-                 f"and in each row a question and an answer of at most {MAX_LENGTH} characters, "
-                 f"unlike {row}")
+            fail(f"{name} needs in each row a question (or problem, prompt) and an answer (or "
+                 f"solution) of at most {MAX_LENGTH} characters, unlike {row}")
         pairs.append((str(question), gold))
     return pairs
 
@@ -1045,7 +1019,10 @@ def judge(trajectories, config):
         else:
             t.reward = float(verify(answer, t.gold))
 
-MAX_LENGTH, LARGEST, MAX_POWER, DIGITS = 300, 10**80, 100, 400  # what goes beyond is text [O]
+MAX_LENGTH = 300  # an answer that goes beyond these is compared as text [O]
+LARGEST = 10 ** 80
+MAX_POWER = 100
+DIGITS = 400
 UNIT = (r"%|(?: m|[ckm]m|kg|ft|feet|inch|hour|day|month|dollar|degree|people)(?:\^[23])?|(?<=[ })])"
         r"(?!(?:time|equal|pair|halve|third|quarter|two|three|four|five|sixe|seven|eight|nine|ten|"
         r"dozen|hundred|thousand|\w*illion|perhap)s)[a-z]{2,}[a-gj-rtv-z](?=s)")  # plurals
@@ -1183,7 +1160,7 @@ def rollout_metrics(trajectories):
     trajectories = gather(trajectories)
     tokens, count = own_tokens(trajectories), len(trajectories)
     groups = {t.group for t in trajectories}
-    found = {(t.group, t.reward) for t in trajectories}  # two of a problem whose rewards differ
+    found = {(t.group, t.reward) for t in trajectories}  # a problem of both is there twice
     right = {(t.group, t.text) for t in trajectories if t.reward}
     entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
@@ -1206,22 +1183,19 @@ def parse_config(script, argv):
         file = Path(given.config or Path(__file__).with_name("tiny_config.yaml"))
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            assert content.keys() <= {"common", "iiblpo", "ib_tpo"}, list(content)
-            settings = content.get("common", {}) | content.get(script, {})
+            settings = content["common"] | content[script]
         except Exception as e:
-            fail(f"cannot read {file}, of sections common, iiblpo and ib_tpo: {e!r}")
+            fail(f"cannot read {file}, of sections common and {script}: {e!r}")
         for name, value in settings.items():  # as flags, so that one parser reads both
             values = value if isinstance(value, list) else [value]
             argv = [f"--{name}", *map(str, values)] + argv
-    values = vars(parser.parse_args(argv))
-    del values["config"]
-    for name, value in values.items():
+    config = parser.parse_args(argv, Config())
+    for name, value in asdict(config).items():
         for x in value if isinstance(value, list) else [value]:
             low = 1 if type(x) is int and name not in MAY_BE_0 else 0
             high = 1 if name in SHARES else 10 ** 12
             if type(x) in (int, float) and not low <= x <= high:  # nan is not, either
                 fail(f"{name} must be from {low} to {high}, not {x}")
-    config = Config(**values)
     if "{question}" not in config.prompt:
         fail("prompt must contain {question}")
     if len(config.operands) != 2 or config.operands[0] > config.operands[1]:
@@ -1258,15 +1232,12 @@ def load_state(folder, config, parts):
     """What state.pt holds besides the `parts` (name: module or optimizer), which are restored."""
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
                   "micro_tokens", "generate_tokens")
-    try:
-        state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
-        for name, value in asdict(config).items():
-            if config.resume and name not in may_differ and state["config"].get(name) != value:
-                fail(f"{folder} was made with {name} {state['config'].get(name)!r}, not {value!r}")
-        for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
-    except Exception as e:  # no such file, half a file, or a run of other settings
-        fail(f"cannot read {folder}/state.pt into these settings: {e!r}")
+    state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
+    for name, value in asdict(config).items():
+        if name not in may_differ and state["config"].get(name) != value:
+            fail(f"{folder} was made with {name} {state['config'].get(name)!r}, not {value!r}")
+    for name, part in parts.items():
+        part.load_state_dict(state.pop(name))
     return state
 
 def run_folder(config):
@@ -1287,20 +1258,21 @@ def save_state(folder, state, parts):
 
 def train(config):
     """Evaluate, train, evaluate again; returns the summary."""
-    began, folder, pairs = time.time(), run_folder(config), load_problems(config)
+    began = time.time()
+    folder = run_folder(config)
+    pairs = load_problems(config)
     model, tokenizer = load_policy(config)
     problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
     torch.manual_seed(config.seed)
     extra = prepare(model, config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     parts = {"model": model, "optimizer": optimizer, "extra": extra}
-    state = {"config": asdict(config), "log": []}
     if (folder / "state.pt").exists():
         state = load_state(folder, config, parts)
+    else:
+        before = evaluate(model, tokenizer, heldout, config)
+        state = {"config": asdict(config), "log": [], "before": before}
     log = state["log"]  # one list: what is appended is saved
-    save_lines(folder / "metrics.jsonl", log)
-    if "before" not in state:
-        state["before"] = evaluate(model, tokenizer, heldout, config)
 
     tokens = sum(line["tokens_sampled"] for line in log)
     while len(log) < config.max_steps and tokens < (config.max_tokens or math.inf):
@@ -1308,10 +1280,7 @@ def train(config):
         if step % config.save_every == 0:
             save_state(folder, state, parts)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
-        try:
-            metrics = training_step(model, tokenizer, optimizer, extra, problems, config, step)
-        except FloatingPointError as e:
-            sys.exit(f"error: {e} at step {step}; {folder}/state.pt is the last checkpoint")
+        metrics = training_step(model, tokenizer, optimizer, extra, problems, config, step)
         if config.eval_every and (step + 1) % config.eval_every == 0:
             found = evaluate(model, tokenizer, heldout, config)
             metrics |= {f"eval_{name}": value for name, value in found.items()}
@@ -1363,10 +1332,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal may know no Greek
     try:
         main()
-        sys.stdout.flush()
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -40,7 +40,7 @@ import iiblpo as m
 HERE = Path(__file__).parent
 KINDS = ["Qwen2", "Qwen3", "Llama"]
 # lines, bytes and the longest method; aimed at: 1,100, 52,000 and 900, 43,000, functions of 40 lines
-BUDGET = {"columns": 100, "function_lines": 45, "iiblpo.py": (1372, 72_450, 430), "ib_tpo.py": (1110, 57_300, 330)}
+BUDGET = {"columns": 100, "function_lines": 45, "iiblpo.py": (1338, 70_000, 430), "ib_tpo.py": (1095, 55_850, 330)}
 each = pytest.mark.parametrize
 SCRIPTS = ("iiblpo.py", "ib_tpo.py")
 benchmark = pytest.mark.benchmark
@@ -158,9 +158,10 @@ def test_flags_win_over_the_file_over_the_defaults(tmp_path):
 
 @each("text, message", [
     ("common: {max_step: 3}", "--max_step"), ("common: {lr: fast}", "'fast'"), ("- a\n- b", "sections"),
-    ("common: {method: ppo}", "'ppo'"), ("lr: [", "cannot read"), ("common: {operands: [2]}", "operands")])
+    ("common: {method: ppo}", "'ppo'"), ("lr: [", "cannot read"), ("common: {operands: [2]}", "operands"),
+    ("comon: {}", "'common'")])
 def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
-    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "c.yaml").write_text("iiblpo: {}\n" * text.startswith("com") + text)
     assert message in refused(capsys, "--config", tmp_path / "c.yaml")
 
 @each("flags, message", [
@@ -264,9 +265,9 @@ def test_local_files_of_each_kind(folder):
     assert len(heldout) == 7 and [q for q, _ in train] == ["What is 6+6?"]
 
 @each("rows, message", [
-    ([], "cannot load the dataset"), ([{"q": "a", "answer": "b"}] * 9, "column question"),
-    ([{"question": "a", "a": "b"}] * 9, "column answer"), (ROWS[:1] * 9, "not held out"),
-    (ROWS[:5] + [{"question": "x", "answer": None}], "an answer of"),
+    ([], "cannot load the dataset"), ([{"q": "a", "answer": "b"}] * 9, "needs in each row a question"),
+    ([{"question": "a", "a": "b"}] * 9, "and an answer"), (ROWS[:1] * 9, "not held out"),
+    (ROWS[:5] + [{"question": "x", "answer": None}], "and an answer"),
     (ROWS[:5] + [{"question": "", "answer": "5"}], "a question"), (b"[1, 2]\n[3]\n", "d.jsonl"),
     (ROWS[:2] + [{"question": "x", "answer": "so " * 200}], "at most 300 characters"), (ROWS[:1], "cannot load"),
     ('{"question": "é", "answer": "1"}\n'.encode("latin-1") * 9, "d.jsonl")])
@@ -612,7 +613,7 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
     """Ω, Î, Ĥ, S_IB, the selection, the advantages, the loss and its gradient."""
     model, c, (cvae, psa), drawn, candidates, kept = explored(monkeypatch)
     scores = m.ib_scores(model, TINY, candidates, c)
-    alike = [replace(candidates[0], text=text) for text in ("9###5", "9#1", "9")]  # the answer is cut off
+    alike = [replace(candidates[0], text=text) for text in ("9###5", "9#1", "9#2\n#1", "9")]  # the answer is cut off
     assert len(set(m.answer_gain(model, TINY, alike, c).tolist())) == 1
     gains, sums, expected, terms = [], [], [], []
     assert len(candidates) == 16
@@ -627,7 +628,7 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
             assert t.group == parent.group and t.response[:t.start] == parent.response[:t.start]
         assert (logp - t.logps).abs().max() < 1e-5 and (H - t.entropy).abs().max() < 2e-5
         value = []
-        for x in (t.text[:t.text.rindex("#")].rstrip("#") if "#" in t.text else t.text, ""):
+        for x in (t.text.split("#")[0], ""):
             probe = m.Trajectory(t.prompt, response=TINY(x + "#" + t.gold).input_ids)
             value.append(slow_tokens(model, psa, probe)[0][-len(t.gold):].mean().item())
         gains.append(value[0] - value[1])
@@ -720,19 +721,21 @@ def test_micro_batches_and_logits_in_chunks_give_the_gradient_of_the_whole_batch
 
 def test_dapo_samples_in_the_place_of_prompts_that_teach_nothing(monkeypatch):
     c = config("--method", "dapo", "--prompts_per_step", 3, "--rollouts", 2, "--max_new_tokens", 6)
-    rewards = {0: [1, 1], 1: [1, 0], 2: [0, 0], 3: [0, 1], 4: [1, 1], 5: [1, 0]}  # two to replace, then one
+    rewards = {0: [1., 1.], 1: [1., 0.], 2: [0., 0.], 3: [0., 1.], 4: [1., 1.], 5: [1., 0.]}  # two to replace, then one
     monkeypatch.setattr(m, "judge", lambda ts, c: [setattr(t, "reward", rewards[t.group].pop()) for t in ts])
     seed(1)
     candidates, kept = m.baseline_rollouts(small_model(), TINY, prompts(*["1=\n"] * 50), c)
     assert sorted(t.group for t in candidates) == sorted([0, 1, 2, 3, 4, 5] * 2)
-    assert kept == [t for t in candidates if t.group in (1, 3, 5) and t.complete] and 0 < len(kept) < 6
+    assert kept == [t for t in candidates if t.complete] and 0 < len(kept) < 12
+    m.set_advantages(candidates, candidates)  # and `update` skips those whose advantage is 0
+    assert {t.group for t in candidates if t.advantage != 0} == {1, 3, 5}
 
 # ---- runs
 
 def dies_at_step_3(real):
     """`real`, interrupted at step 3 of the run `part`."""
     def dies(*args):
-        if len(metrics("part")) == 3:
+        if Path("part/metrics.jsonl").exists() and len(metrics("part")) == 3:
             raise KeyboardInterrupt
         return real(*args)
 
@@ -775,10 +778,8 @@ def test_max_tokens_ends_a_run_and_other_settings_or_folders_are_refused(folder,
     assert before == {p: p.stat().st_mtime_ns for p in Path("a").rglob("*")}
     run(*flags, "--resume", "--max_steps", len(tokens) + 1)  # longer than it was
     assert len(metrics("a")) == len(tokens) + 1
-    Path("a/state.pt").write_bytes(b"no")
-    assert "cannot read a/state.pt" in refused(capsys, *QUICK, *flags, "--resume")
 
-def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint(folder, monkeypatch):
+def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint(folder, monkeypatch, capsys):
     real, calls = m.take_step, itertools.count()
 
     def step(model, *others):
@@ -786,8 +787,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint(fol
         return real(model, *others)
 
     monkeypatch.setattr(m, "take_step", step)
-    with pytest.raises(SystemExit, match="not finite at step 3; run/state.pt"):  # a message: exit code 1
-        run("--method", "entropy_reg", "--out", "run", "--save_every", 1)
+    assert "not finite" in refused(capsys, *QUICK, "--method", "entropy_reg", "--out", "run", "--save_every", 1)
     assert len(torch.load("run/state.pt")["log"]) == 3 == len(metrics("run"))
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(rewarded, capsys):
@@ -834,17 +834,10 @@ def test_show_prints_how_a_problem_is_explored(folder, capsys):
     out = capsys.readouterr().out
     assert out.count("reward ") == len(candidates) == out.count("S_IB ") > 2 <= out.count("kept")
     assert "▸" in out and not Path("runs").exists()  # nothing is written
-    for method in ("iiblpo", "grpo"):
-        run("--method", method, "--max_steps", 1, "--out", method)
-    run("--show", "--out", "iiblpo")
-    for name in ("nowhere", "grpo"):  # which has no latents to show
-        assert name in refused(capsys, *QUICK, "--show", "--out", name)
-
-def test_show_into_head_and_a_terminal_of_ascii(folder):
-    words = [sys.executable, HERE / "iiblpo.py", *QUICK, "--show", "| true; exit ${PIPESTATUS[0]}"]
-    done = subprocess.run(["bash", "-c", " ".join(map(str, words))], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and done.stderr == ""
+    run("--max_steps", 1, "--out", "run")
+    capsys.readouterr()
+    done = run("--show", "--model", "run/model")
+    assert capsys.readouterr().out.count("reward ") == len(done)
 
 # ---- real models
 
@@ -1432,11 +1425,10 @@ def test_mistakes_with_trees_are_one_line(folder, capsys):
 def test_show_prints_a_tree_a_line_a_node(folder, capsys):
     start(tpo, *TREES, "--max_steps", 1, "--out", "run")
     capsys.readouterr()
-    for policy in ([], ["--out", "run"]):
+    for policy in ([], ["--model", "run/model"]):
         root = start(tpo, *TREES, "--show", *policy)
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 1 + len(root.walk()) and " J " in lines[1] and " π " in lines[2]
-    assert "nowhere" in refused(capsys, *TREES, "--show", "--out", "nowhere", script=tpo)
 
 def gradients_of_both():
     model, found, share = small_model(), [], slice(m.RANK, None, m.WORLD)
