@@ -814,42 +814,42 @@ def extract_answer(text):
     found = re.findall(r"\\boxed\s+([^\s$.,]+)", text) or re.findall(r"#[^\S\n]*([^\s#].*)", text)
     return found[-1].strip() if found else None
 
-def value_at(node, point):
-    """A syntax tree's real number, a letter being one that `point` fixes; else ValueError."""
+def value_of(node):
+    """A syntax tree's real number, a letter being a transcendental one; else ValueError."""
     number = sympy.nan
     match node:
-        case ast.Constant(n) if type(n) in (int, float): number = sympy.Rational(str(n))
+        case ast.Constant(n) if type(n) in (int, float): number = sympy.Float(str(n), DIGITS)
         case ast.Name("pi"): number = sympy.pi.evalf(DIGITS)
-        case ast.Name(x) if re.fullmatch(r"fact\d\d?", x): number = sympy.factorial(int(x[4:]))
-        case ast.Name(x) if len(x) == 1: number = sympy.Rational(ord(x) ** point % 1009 + 1, 7)
-        case ast.UnaryOp(ast.USub(), a): number = -value_at(a, point)
+        case ast.Name(x) if re.fullmatch(r"fact\d\d?", x):
+            number = sympy.factorial(int(x[4:])).evalf(DIGITS)
+        case ast.Name(x) if len(x) == 1: number = sympy.sin(ord(x)).evalf(DIGITS)
+        case ast.UnaryOp(ast.USub(), a): number = -value_of(a)
         case ast.BinOp(left, sign, right):
-            a, b = value_at(left, point), value_at(right, point)
+            a, b = value_of(left), value_of(right)
             match sign:
                 case ast.Add(): number = a + b
                 case ast.Sub(): number = a - b
                 case ast.Mult(): number = a * b
-                case ast.Div(): number = a / b
+                case ast.Div() if b: number = a / b
                 case ast.Pow() if 1 / MAX_POWER < abs(b) <= MAX_POWER:  # others come too near to 1
-                    number = sympy.Float(a, DIGITS) ** b  # a < 0: complex, so no Float
-    exact = number.is_Rational and max(abs(number.p), number.q) < LARGEST
-    if exact or number.is_Float and 1 / LARGEST < abs(number) < LARGEST:
+                    number = a ** b  # a < 0: complex, so no Float
+    if number.is_zero or number.is_Float and 1 / LARGEST < abs(number) < LARGEST:
         return number
     raise ValueError("not a real number of bounded size")
 
 @functools.lru_cache(maxsize=4096)
 def read(text):
-    r"""An answer's numbers at two points, or else its text; and its unit: "5\%" -> [5, 5], "%"."""
+    r"""An answer's numbers, or else its text; and its unit: "5\%" -> [5], "%"."""
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
     value, _, unit = text.partition("\n")
     numbers = []
     try:
         tree = ast.parse(value, mode="eval").body  # parsed, never run
-        for point in (2, 3):
-            found = [value_at(part, point) for part in getattr(tree, "elts", [tree])]
-            found = [sympy.Float(number, DIGITS - 100) for number in found]  # no rounding errors
-            numbers += sorted(found) if unit == "{}" else found
+        for part in getattr(tree, "elts", [tree]):
+            numbers.append(sympy.Float(value_of(part), DIGITS - 100))  # no rounding errors
+        if unit == "{}":
+            numbers.sort()
     except (SyntaxError, ValueError, RecursionError):
         if re.fullmatch("[A-Za-z][a-z]+(?: [A-Za-z][a-z]+)*", value):
             value = value.lower()  # words, where "X" is a symbol
