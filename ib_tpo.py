@@ -5,8 +5,8 @@
 """IB-TPO: Information Bottleneck Driven Tree-based Policy Optimization (arXiv 2605.28109).
 
     python ib_tpo.py                                         # a tiny policy, on a laptop
-    python ib_tpo.py --sampler entropy --advantage gl        # an ablation; settings are flags
-    python ib_tpo.py --model Qwen2.5-0.5B --dataset gsm8k    # a real model, on one GPU
+    python ib_tpo.py --sampler entropy --out runs/entropy    # an ablation; settings are flags
+    python ib_tpo.py --model Qwen2.5-0.5B --out runs/qwen    # a real model, on one GPU
 
 Left out: vLLM, sharding, rewards other than right or wrong, and the paper's top-p 0.95 and
 temperature 0.7 (so that what is recorded is the sampling distribution). Ours: the packed update.
@@ -25,7 +25,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -85,7 +84,7 @@ class Config:
         "ib", "where to branch: highest IB-Score, anywhere, everywhere once, entropy, nowhere")
     rollouts: int = setting(0, "responses a prompt of the independent sampler; 0: as a tree has")
     max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of one generate call")
+    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of one call")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer")
     # update
@@ -119,7 +118,7 @@ class Trajectory:
     gold: str = ""  # its right answer
     group: int = 0  # which of the step's problems it is
     response: list[int] = field(default_factory=list)  # T tokens, the last EOS unless cut
-    logps: torch.Tensor = torch.zeros(0)  # [T] ln π(o_t) as it was sampled, steered or not
+    logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old(o_t), as it was sampled
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, likewise
     start: int = 0  # where it left its parent (0: none): response[start:] are its own tokens
     text: str = ""
@@ -213,7 +212,7 @@ def insert(root, steps, step_logps, reward, step_entropy=None):
 def grow(model, tokenizer, problems, config, rng):
     """IBTrees of a batch of problems: ({group: root}, all trajectories that were sampled). [P]
 
-    All trees grow in one `generate` a round, from prompt and prefix, which is prefilled again.
+    All trees grow in one `sample` a round, from prompt and prefix, which is prefilled again.
     """
     B0, L, K, B = config.tree
     roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # by the first rollouts
@@ -312,17 +311,6 @@ def step_advantages(root, config):
         result[node] = kinds[config.advantage]
     return result
 
-def group_advantages(rewards, groups, eps=1e-4):
-    """(R - mean) / (std + eps) over the responses to the same prompt; all [B]. [GRPO]
-
-    The standard deviation is the population's, so that a group of one has advantage 0 [O].
-    """
-    advantages = torch.zeros_like(rewards)
-    for g in groups.unique():
-        own = rewards[groups == g]
-        advantages[groups == g] = (own - own.mean()) / (own.std(correction=0) + eps)
-    return advantages
-
 # ==== Update on packed trees
 #   [P] L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over the tokens of all G trajectories
 # A step that trajectories share is run once: the tree lies depth-first in one sequence, a token
@@ -372,7 +360,7 @@ def pack_tree(root, advantages):
             "attention_mask": mask}
 
 def tree_logps(model, packs):
-    """ln π of every token of packed trees, and their weights: two [B, S]."""
+    """ln π of the tokens of packed trees (of prompts: 0), and their weights: two [B, S]."""
     ids = pad([pack["input_ids"] for pack in packs]).to(DEVICE)
     previous = pad([pack["previous"] for pack in packs]).to(DEVICE)
     weights = pad([pack["weights"] for pack in packs]).to(DEVICE)
@@ -502,7 +490,7 @@ autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=DEV
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
 
 def token_entropy(logits):
-    """H_t = -Σ_v p_t(v) ln p_t(v), p_t the softmax of raw logits [..., V]; returns [...]. [P]"""
+    """H_t = -Σ_v p_t(v) ln p_t(v), p_t the softmax of raw logits [..., V]; returns [...]."""
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
     return -(logp.exp() * logp).sum(-1)
 
@@ -572,7 +560,7 @@ def take_step(model, optimizer, config):
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if not math.isfinite(norm):
-        fail("the gradient is not finite: --resume goes on from the last checkpoint")
+        fail("the gradient is not finite, and is again with --resume: begin anew with a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -767,6 +755,17 @@ def own_tokens(trajectories):
     """How many tokens they sampled themselves, those of their parents not counted."""
     return sum(len(t.response) - t.start for t in trajectories)
 
+def group_advantages(rewards, groups, eps=1e-4):
+    """(R - mean) / (std + eps) over the responses to the same prompt; all [B]. [GRPO]
+
+    The standard deviation is the population's, so that a group of one has advantage 0 [O].
+    """
+    advantages = torch.zeros_like(rewards)
+    for g in groups.unique():
+        own = rewards[groups == g]
+        advantages[groups == g] = (own - own.mean()) / (own.std(correction=0) + eps)
+    return advantages
+
 def judge(trajectories, config):
     """Reward each trajectory with 1 or 0, by its gold answer."""
     for t in trajectories:
@@ -776,7 +775,7 @@ def judge(trajectories, config):
         else:
             t.reward = float(verify(answer, t.gold))
 
-MAX_LENGTH = 300  # an answer that goes beyond these is compared as text [O]
+MAX_LENGTH = 300  # a longer answer is wrong, one beyond the other limits is compared as text [O]
 LARGEST = 10 ** 80
 MAX_POWER = 100
 DIGITS = 400
@@ -790,9 +789,10 @@ SPELLINGS = [  # LaTeX to Python, in this order; a unit or a list's brackets go 
     (r"\\!|\\(?:left|right)\b|(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})|(?<=\\)[dt](?=fr)|\\(?=[%/])", ""),
     (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r" \1 "), (r"\\times|\\cdot|×|·", "*"), ("[−–‑]", "-"),
     (r"(?:(?<!\\)\\[,;: ]|\\[()]|(?<!\\)\$|~|\s)+", " "), (r" ?\^ ?\{?\\circ\}?", " degrees"),
-    (r"^ ?(?:[A-Za-z] ?(?:=|\\in\b) ?)?|[. ]*$", ""), (r"(?<=\d)[eE](\d\d?)\b", r"*10^\1"),
+    (r"^ ?(?:[A-Za-z] ?(?:=|\\in\b) ?)?\+?|[. ]*$", ""), (r"(?<=\d)[eE](\d\d?)\b", r"*10^\1"),
     (r"^(-?)\\\$ ?([\d.,]+)(?: dollars)?$", r"\1\2 dollars"), (r"(?<![\w.)}])(\d+)!", r"(fact\1)"),
-    (r"^(-?\d{1,3}),(\d{3})(?:,(\d{3}))?(?![\d,])", r"\1\2\3"), (r",? ?\b(?:or|and) ", ","),
+    (r"^(-?\d{1,3}),(\d{3})(?:,(\d{3}))?(?:,(\d{3}))?(?![\d,])", r"\1\2\3\4"),
+    (r",? ?\b(?:or|and) ", ","),
     (r" ?([^\w .]) ?|(?<![\w.])0+(?=\d)", r"\1"), (r"^\\\{(.*)\\\}$", r"\1"),  # { 1, 02 } -> 1,2
     (r"^([\[(])(.*,.*)([\])])$", r"\2\n\1\3"), (r"\^\{(\w)\}(?!\w)", r"^\1"),
     (r"^(.*,.*)$", r"\1\n{}"), (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"), (r"(c\{\d\})(\d)", r"\1{\2}"),
@@ -832,7 +832,7 @@ def value_of(node):
                 case ast.Mult(): number = a * b
                 case ast.Div() if b: number = a / b
                 case ast.Pow() if 1 / MAX_POWER < abs(b) <= MAX_POWER:  # others come too near to 1
-                    number = a ** b  # a < 0: complex, so no Float
+                    number = a ** b  # a root of a < 0: complex, so no Float
     if number.is_zero or number.is_Float and 1 / LARGEST < abs(number) < LARGEST:
         return number
     raise ValueError("not a real number of bounded size")
@@ -975,7 +975,7 @@ def save_atomically(path, *writers):
             for write in writers:
                 write(new)
             if path.is_dir():
-                shutil.rmtree(path)
+                path.replace(Path(temporary, "old"))  # it goes when `temporary` does
             new.replace(path)
     except (OSError, RuntimeError) as e:  # torch and safetensors have their own errors
         fail(f"cannot write {path}: {e}")
@@ -1063,7 +1063,7 @@ def print_table(folder, summary):
     grpo = folder.with_name(f"grpo-{config['seed']}") / "summary.json"
     if grpo.exists() and grpo.parent != folder:
         other = json.loads(grpo.read_text())
-        alike = ("model", "dataset", "habit", "max_steps", "max_tokens", "eval_samples")
+        alike = ("model", "dataset", "operands", "habit", "max_steps", "max_tokens", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
@@ -1092,4 +1092,4 @@ if __name__ == "__main__":
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
+        sys.exit("interrupted: --resume goes on from the last checkpoint, if there is one already")

@@ -6,7 +6,7 @@
 
     python iiblpo.py                                         # a tiny policy, on a laptop
     python iiblpo.py --method grpo                           # a baseline; every setting is a flag
-    python iiblpo.py --model Qwen2.5-0.5B --dataset gsm8k    # a real model, on one GPU
+    python iiblpo.py --model Qwen2.5-0.5B --out runs/qwen    # a real model, on one GPU
 
 Left out: vLLM, sharding, rewards other than right or wrong. Unlike in the released code,
 latents learn through the policy that they steer, and pseudo self-attention is the paper's.
@@ -24,7 +24,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -82,7 +81,7 @@ class Config:
     prompts_per_step: int = setting(16, "prompts a step")
     rollouts: int = setting(8, "responses a prompt of the baselines, and everyone's budget")
     max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of one generate call")
+    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of one call")
     # stage 1: branching
     initial: int = setting(2, "M: rollouts a prompt before branching")
     branches: int = setting(3, "K: branches of each rollout")
@@ -131,7 +130,7 @@ class Trajectory:
     gold: str = ""  # its right answer
     group: int = 0  # which of the step's problems it is
     response: list[int] = field(default_factory=list)  # T tokens, the last EOS unless cut
-    logps: torch.Tensor = torch.zeros(0)  # [T] ln π(o_t) as it was sampled, steered or not
+    logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old(o_t), as it was sampled
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, likewise
     start: int = 0  # where it left its parent (0: none): response[start:] are its own tokens
     text: str = ""
@@ -290,9 +289,9 @@ def psa_gamma(step, config):
     return config.psa_gamma * max(0.0, 1 - step / (config.psa_decay_steps or math.inf))
 
 def latent_loss(model, latents, batch, prefix, continuation):
-    """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows; 0.5 nats of KL
-    a dimension are free. The decoder is the frozen policy, steered by z [O]: latents that decode
-    into a feature [C] were measured to do nothing to what the policy says.
+    """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows; 0.5 nats a
+    dimension of their mean KL are free. The decoder is the frozen policy, steered by z [O]:
+    latents that decode into a feature [C] were measured to do nothing to what the policy says.
 
     prefix, continuation: [B, H]. Also returns ln π of the rows [B] and the KL [Z].
     """
@@ -352,7 +351,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 
 # ==== Stage 2: information-bottleneck filter and self-reward
 #   [P] S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r
-#   [O] Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|, r̄: r before its answer
+#   [O] Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|, r̄: r before its first cue
 #   [O] Î(q; r) = Ĥ(r) / mean of Ĥ over the prompt's responses, Ĥ(r) = Σ_t H_t
 #   [C] self-reward: κ mean_t(A H_t), IBRO's surrogate; A: the advantage, below
 
@@ -745,7 +744,7 @@ autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=DEV
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
 
 def token_entropy(logits):
-    """H_t = -Σ_v p_t(v) ln p_t(v), p_t the softmax of raw logits [..., V]; returns [...]. [P]"""
+    """H_t = -Σ_v p_t(v) ln p_t(v), p_t the softmax of raw logits [..., V]; returns [...]."""
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
     return -(logp.exp() * logp).sum(-1)
 
@@ -815,7 +814,7 @@ def take_step(model, optimizer, config):
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if not math.isfinite(norm):
-        fail("the gradient is not finite: --resume goes on from the last checkpoint")
+        fail("the gradient is not finite, and is again with --resume: begin anew with a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -1019,7 +1018,7 @@ def judge(trajectories, config):
         else:
             t.reward = float(verify(answer, t.gold))
 
-MAX_LENGTH = 300  # an answer that goes beyond these is compared as text [O]
+MAX_LENGTH = 300  # a longer answer is wrong, one beyond the other limits is compared as text [O]
 LARGEST = 10 ** 80
 MAX_POWER = 100
 DIGITS = 400
@@ -1033,9 +1032,10 @@ SPELLINGS = [  # LaTeX to Python, in this order; a unit or a list's brackets go 
     (r"\\!|\\(?:left|right)\b|(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})|(?<=\\)[dt](?=fr)|\\(?=[%/])", ""),
     (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r" \1 "), (r"\\times|\\cdot|×|·", "*"), ("[−–‑]", "-"),
     (r"(?:(?<!\\)\\[,;: ]|\\[()]|(?<!\\)\$|~|\s)+", " "), (r" ?\^ ?\{?\\circ\}?", " degrees"),
-    (r"^ ?(?:[A-Za-z] ?(?:=|\\in\b) ?)?|[. ]*$", ""), (r"(?<=\d)[eE](\d\d?)\b", r"*10^\1"),
+    (r"^ ?(?:[A-Za-z] ?(?:=|\\in\b) ?)?\+?|[. ]*$", ""), (r"(?<=\d)[eE](\d\d?)\b", r"*10^\1"),
     (r"^(-?)\\\$ ?([\d.,]+)(?: dollars)?$", r"\1\2 dollars"), (r"(?<![\w.)}])(\d+)!", r"(fact\1)"),
-    (r"^(-?\d{1,3}),(\d{3})(?:,(\d{3}))?(?![\d,])", r"\1\2\3"), (r",? ?\b(?:or|and) ", ","),
+    (r"^(-?\d{1,3}),(\d{3})(?:,(\d{3}))?(?:,(\d{3}))?(?![\d,])", r"\1\2\3\4"),
+    (r",? ?\b(?:or|and) ", ","),
     (r" ?([^\w .]) ?|(?<![\w.])0+(?=\d)", r"\1"), (r"^\\\{(.*)\\\}$", r"\1"),  # { 1, 02 } -> 1,2
     (r"^([\[(])(.*,.*)([\])])$", r"\2\n\1\3"), (r"\^\{(\w)\}(?!\w)", r"^\1"),
     (r"^(.*,.*)$", r"\1\n{}"), (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"), (r"(c\{\d\})(\d)", r"\1{\2}"),
@@ -1075,7 +1075,7 @@ def value_of(node):
                 case ast.Mult(): number = a * b
                 case ast.Div() if b: number = a / b
                 case ast.Pow() if 1 / MAX_POWER < abs(b) <= MAX_POWER:  # others come too near to 1
-                    number = a ** b  # a < 0: complex, so no Float
+                    number = a ** b  # a root of a < 0: complex, so no Float
     if number.is_zero or number.is_Float and 1 / LARGEST < abs(number) < LARGEST:
         return number
     raise ValueError("not a real number of bounded size")
@@ -1218,7 +1218,7 @@ def save_atomically(path, *writers):
             for write in writers:
                 write(new)
             if path.is_dir():
-                shutil.rmtree(path)
+                path.replace(Path(temporary, "old"))  # it goes when `temporary` does
             new.replace(path)
     except (OSError, RuntimeError) as e:  # torch and safetensors have their own errors
         fail(f"cannot write {path}: {e}")
@@ -1306,7 +1306,7 @@ def print_table(folder, summary):
     grpo = folder.with_name(f"grpo-{config['seed']}") / "summary.json"
     if grpo.exists() and grpo.parent != folder:
         other = json.loads(grpo.read_text())
-        alike = ("model", "dataset", "habit", "max_steps", "max_tokens", "eval_samples")
+        alike = ("model", "dataset", "operands", "habit", "max_steps", "max_tokens", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
@@ -1335,4 +1335,4 @@ if __name__ == "__main__":
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
+        sys.exit("interrupted: --resume goes on from the last checkpoint, if there is one already")

@@ -40,7 +40,7 @@ import iiblpo as m
 HERE = Path(__file__).parent
 KINDS = ["Qwen2", "Qwen3", "Llama"]
 # lines, bytes and the longest method; aimed at: 1,100, 52,000 and 900, 43,000, functions of 40 lines
-BUDGET = {"columns": 100, "function_lines": 45, "iiblpo.py": (1338, 69_800, 430), "ib_tpo.py": (1095, 55_700, 330)}
+BUDGET = {"columns": 100, "function_lines": 45, "iiblpo.py": (1338, 69_930, 430), "ib_tpo.py": (1095, 55_780, 330)}
 each = pytest.mark.parametrize
 SCRIPTS = ("iiblpo.py", "ib_tpo.py")
 benchmark = pytest.mark.benchmark
@@ -959,7 +959,8 @@ def test_the_budgets(name):
 EQUAL = r"""0.5|\frac12 ; -2\frac12|-2.5 ; 50\%|0.5 ; 50\%|50 ; \sqrt{8}|2\sqrt2 ; \sqrt[3]{27}|3 ;
 (x+1)^2|x^2+2x+1 ; (1,\frac12)|(1,0.5) ; \text{No solution}|no solution ;
 \frac{\sqrt{3}}{2}|\frac{3}{2\sqrt{3}} ; \$1,234.50|1234.5 ; 10^{-2}|0.01 ; 10\,000|10000 ; 10{,}000|10000 ;
-10,\!080|10080 ; 1,234.50|1234.5 ; 1,234,567|1234567 ; 1e5|100000 ; 3!|6 ; 42 pies|42 ; 1 hour|1 ;
+10,\!080|10080 ; 1,234.50|1234.5 ; 1,234,567|1234567 ; 1,234,567,890|1234567890 ; +5|5 ;
+1e5|100000 ; 3!|6 ; 42 pies|42 ; 1 hour|1 ;
 25\,\text{m}^2|25 ; \frac{1}{2}\text{ pies}|0.5 ; 2\text{ and }1|1,2 ; ‑3|-3 ; –3|-3 ; ( 1 , 2 )|(1,2) ;
 \begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix}1\\2\end{pmatrix} ; 2 \frac{1}{2}|2.5 ; 2xy|2yx ;
 -0.5%|-0.005 ; 3 \sqrt 2|\sqrt{18} ; 2\pi r|2r\pi ; 5 cm|5.0 cm ; 2 \left(x+1\right)|2x+2 ;
