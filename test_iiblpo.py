@@ -40,7 +40,7 @@ import iiblpo as m
 HERE = Path(__file__).parent
 KINDS = ["Qwen2", "Qwen3", "Llama"]
 # lines, bytes and the longest method; aimed at: 1,100, 52,000 and 900, 43,000, functions of 40 lines
-BUDGET = {"columns": 100, "function_lines": 45, "iiblpo.py": (1338, 69_930, 430), "ib_tpo.py": (1095, 55_780, 330)}
+BUDGET = {"columns": 100, "function_lines": 45, "iiblpo.py": (1338, 69_910, 430), "ib_tpo.py": (1095, 55_770, 330)}
 each = pytest.mark.parametrize
 SCRIPTS = ("iiblpo.py", "ib_tpo.py")
 benchmark = pytest.mark.benchmark
@@ -1202,7 +1202,7 @@ def test_what_stands_in_both_scripts_is_in_the_same_words():
             found |= {name: text.splitlines()[begin - 1:node.end_lineno] for name in names}
     both = set(ours) & set(theirs) - {"", "Config", "prepare", "training_step", "show"}
     assert [name for name in both if ours[name] != theirs[name]] == []
-    assert len(both) >= 40 and sum(len(ours[x]) for x in both if "def " in "".join(ours[x][:2])) <= 575
+    assert len(both) >= 40 and sum(len(ours[x]) for x in both if "def " in "".join(ours[x][:2])) <= 544
 
 def test_split_steps():
     text = "Löse x.\n\nErst 3·4 = 12 😀.\n\n\nThen: **done**.\n\n"
