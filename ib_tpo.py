@@ -786,12 +786,13 @@ NESTED = [(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}
           (r"\\sqrt\{([^{}]*)\}|\bsqrt\(([^()]*)\)", r"((\1\2)^(1/2))"),
           (r"\\sqrt\[(\d+)\]\{([^{}]*)\}", r"((\2)^(1/\1))")]  # the innermost braces first
 SPELLINGS = [  # LaTeX to Python, in this order; a unit or a list's brackets go on a line below [O]
-    (r"\\!|\\(?:left|right)\b|(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})|(?<=\\)[dt](?=fr)|\\(?=[%/])", ""),
-    (r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r" \1 "), (r"\\times|\\cdot|×|·", "*"), ("[−–‑]", "-"),
+    (r"\\!|\\(?:left|right|displaystyle)\b|(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})", ""),
+    (r"(?<=\\)[dt](?=fr)|\\(?=[%/])|\+(?=\\infty)", ""), (r"_\{(\w+)\}", r"_\1"), ("[−–‑]", "-"),
+    (r"\\(?:text|math|mbox)\w*\s*\{([^{}]*)\}", r" \1 "), (r"\\times|\\cdot|×|·", "*"),
     (r"(?:(?<!\\)\\[,;: ]|\\[()]|(?<!\\)\$|~|\s)+", " "), (r" ?\^ ?\{?\\circ\}?", " degrees"),
     (r"^ ?(?:[A-Za-z] ?(?:=|\\in\b) ?)?\+?|[. ]*$", ""), (r"(?<=\d)[eE](\d\d?)\b", r"*10^\1"),
     (r"^(-?)\\\$ ?([\d.,]+)(?: dollars)?$", r"\1\2 dollars"), (r"(?<![\w.)}])(\d+)!", r"(fact\1)"),
-    (r"^(-?\d{1,3}),(\d{3})(?:,(\d{3}))?(?:,(\d{3}))?(?![\d,])", r"\1\2\3\4"),
+    (r"^-?\d{1,3}(,\d{3})+(?![\d,])", lambda n: n[0].replace(",", "")),
     (r",? ?\b(?:or|and) ", ","),
     (r" ?([^\w .]) ?|(?<![\w.])0+(?=\d)", r"\1"), (r"^\\\{(.*)\\\}$", r"\1"),  # { 1, 02 } -> 1,2
     (r"^([\[(])(.*,.*)([\])])$", r"\2\n\1\3"), (r"\^\{(\w)\}(?!\w)", r"^\1"),
@@ -799,19 +800,21 @@ SPELLINGS = [  # LaTeX to Python, in this order; a unit or a list's brackets go 
     (r"(?<![\w.^/)}])(\d+)(?:\\frac\{| )(\d+)(?:\}\{|/)(\d+)(?:\}|(?![\w.]))", r"(\1+\2/\3)"),
     (rf"(?<=[\d)}}]) ?({UNIT})s?$", r"\n\1"), *NESTED * 10, (r" ?(?:\\|\b)pi\b", "(pi)"),
     (r"(?<=[\d)]) ?(?=[A-Za-z])|(?<=[\w)])(?=\((?!\d+\)))", "*"),  # 2x is a product, 6 (7) is not
-    (r"\b(a(?=[bc]\b)|b(?=c\b)|[xyz](?=[xyz]\b))", r"\1*"),  # xy is; any other word is text, so are
-    (r"^(?=.*(?a:[^-+*/^(),.\w \n]|_|\d{60}|(?=\d*\.)[\d.]{17}))", "text: "),  # other signs and
-    (r"^(?=.*\b[A-Za-z]\b)(?=.*\^(?!-?\d+\b(?!\.)|\(-?\d+\)))", "text: "), (r"\^", "**")]  # x^y
+    (r"\b(a(?=[bc]\b)|b(?=c\b)|[xyz](?=[xyz]\b))", r"\1*"),  # and xy is one
+    (r"^(?=.*(?a:[^-+*/^(),.\w \n]|_|\d{60}|(?=\d*\.)[\d.]{17}))", "text: "),  # other signs: text
+    (r"^(?=.*\b[A-Za-z]\b)(?=.*\^(?!-?\d+\b(?!\.)|\(-?\d+\)))", "text: "),  # x^y: text
+    (r"\^", "**")]
 
 def extract_answer(text):
-    r"""The last \boxed{...}, else the last "\boxed 5", else what follows "#": "#### 5" -> "5"."""
-    _, boxed, tail = text.replace("\\fbox", "\\boxed").rpartition("\\boxed{")
+    r"""The last \boxed{...}, else "\boxed 5", else what follows the last "#": "#### 5" -> "5"."""
+    _, boxed, tail = re.sub(r"\\f?box(ed)?\s*\{", r"\\boxed{", text).rpartition("\\boxed{")
     depth = 1
     for brace in re.finditer("[{}]", tail):
         depth += 1 if brace.group() == "{" else -1
         if boxed and depth == 0:
             return tail[:brace.start()].strip()
-    found = re.findall(r"\\boxed\s+([^\s$.,]+)", text) or re.findall(r"#[^\S\n]*([^\s#].*)", text)
+    found = re.findall(r"\\boxed\s+([^\s$]*[^\s$.,])", text)
+    found = found or re.findall(r"#[^\S\n]*([^\s#].*)", text)
     return found[-1].strip() if found else None
 
 def value_of(node):

@@ -623,6 +623,18 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
         logp, H = slow_tokens(model, psa, t)
         if t in latent:
             own, own_H = slow_tokens(model, psa, t, latent[t])  # the prefix was sampled without
+def test_an_answer_in_any_form_is_cut_off_before_its_gain():
+    said, c = [], config("--prompt", "{question} Answer in \\boxed{}.")
+    texts = ["so\n#### 18", "so\n\\boxed 18", "so\n\\fbox{18}", "so\n\\boxed{18} or \\boxed{8}", "so\n"]
+    m.answer_gain(small_model(), lambda text, **_: said.append(text) or SimpleNamespace(input_ids=[5]),
+                  [m.Trajectory([5], gold="18", text=text) for text in texts], c)
+    assert {*said} == {"18", "so\n\\boxed{", "\\boxed{"}
+    said.clear()
+    c = config("--prompt", "{question} End with ####.")
+    m.answer_gain(small_model(), lambda text, **_: said.append(text) or SimpleNamespace(input_ids=[5]),
+                  [m.Trajectory([5], gold="18", text="## Step 1\nso\n#### 18")], c)
+    assert said == ["18", "## Step 1\nso\n#### ", "#### "]
+
             logp, H = torch.cat([logp[:t.start], own[t.start:]]), torch.cat([H[:t.start], own_H[t.start:]])
             order = sorted(range(1, len(parent.response)), key=lambda j: -parent.entropy[j].item())
             assert t.start in order[:max(1, int(0.3 * len(order)))]  # Ω
@@ -960,7 +972,7 @@ def test_the_budgets(name):
 EQUAL = r"""0.5|\frac12 ; -2\frac12|-2.5 ; 50\%|0.5 ; 50\%|50 ; \sqrt{8}|2\sqrt2 ; \sqrt[3]{27}|3 ;
 (x+1)^2|x^2+2x+1 ; (1,\frac12)|(1,0.5) ; \text{No solution}|no solution ;
 \frac{\sqrt{3}}{2}|\frac{3}{2\sqrt{3}} ; \$1,234.50|1234.5 ; 10^{-2}|0.01 ; 10\,000|10000 ; 10{,}000|10000 ;
-10,\!080|10080 ; 1,234.50|1234.5 ; 1,234,567|1234567 ; 1,234,567,890|1234567890 ; +5|5 ;
+10,\!080|10080 ; 1,234.50|1234.5 ; 1,234,567|1234567 ; 1,234,567,890,123|1234567890123 ; +5|5 ;
 1e5|100000 ; 3!|6 ; 42 pies|42 ; 1 hour|1 ;
 25\,\text{m}^2|25 ; \frac{1}{2}\text{ pies}|0.5 ; 2\text{ and }1|1,2 ; ‑3|-3 ; –3|-3 ; ( 1 , 2 )|(1,2) ;
 \begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix}1\\2\end{pmatrix} ; 2 \frac{1}{2}|2.5 ; 2xy|2yx ;
@@ -972,7 +984,8 @@ EQUAL = r"""0.5|\frac12 ; -2\frac12|-2.5 ; 50\%|0.5 ; 50\%|50 ; \sqrt{8}|2\sqrt2
 1,2|2, 1 ; (-\infty, 3]|(-\infty,3] ; \text{Yes}|yes ; \left(1,2\right)|(1,2) ; x \in [1,2]|[1,2] ; 007|7 ; 3.0|3 ;
 \text{(A)}|(A) ; 1.5\times 10^{3}|1500 ; \frac{x}{2}|x/2 ; 6.|6 ; −3|-3 ; 1{,}000|1000 ; 42\text{ pieces}|42 ;
 42 pieces|42 ; 42 pints|42 ; 42 pigs|42 ; 42 pictures|42 ; 1 \text{ or } 2|1,2 ; 20%|20 ; 20%|0.2 ; Monday|monday ;
-(x + 1) (x - 2)|x^2-x-2 ; 5\text{ cm}^{2}|5\text{ cm}^2"""
+(x + 1) (x - 2)|x^2-x-2 ; 5\text{ cm}^{2}|5\text{ cm}^2 ; 52_{8}|52_8 ; [0,+\infty)|[0,\infty) ;
+\displaystyle 5|5 ; 864 \mbox{ m}^2|864"""
 UNEQUAL = r"""0.333|1/3 ; \pi|3.14 ; (1,2)|(2,1) ; (1,2]|[1,2] ; (1,2)|1,2 ; listen|silent ; x+1|x-1 ;
 9^{9^9}|3 ; 1/0|1/0.0 ; \sqrt{2}|1.41421356 ; 1,2|1,2,2 ; 50\%|0.05 ; 5|x ; 12|1,2 ; (1,234)|1234 ; 1e3|1000.5 ;
 x²|x2 ; ٣|3 ; \sqrt{x^2}|x ; \infty-\infty|0 ; 0/0|0 ; 1/0|2/0 ; 5:30|5:30 PM ; no|on ; BA|AB ; x|X ;
@@ -1015,7 +1028,8 @@ def test_an_empty_answer_equals_nothing():
 @each("text, answer", [
     (r"\boxed{1} so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), ("a\n#### ", None), ("nothing", None), ("#2\n#", "2"),
     ("18 is\n#### 1,800\nbye", "1,800"), ("3+8\n1\n#1", "1"), (r"\boxed{never closed", None), (r"\fbox{x}", "x"),
-    (r"it is $\boxed 7$.", "7"), (r"#### 3 \boxed{\text{a {b}}}", r"\text{a {b}}")])
+    (r"it is $\boxed 7$.", "7"), (r"\boxed 1,003.5.", "1,003.5"), (r"\boxed {5}", "5"), (r"\fbox {5}", "5"),
+    (r"#### 3 \boxed{\text{a {b}}}", r"\text{a {b}}")])
 def test_extract_answer(text, answer):
     assert m.extract_answer(text) == answer
 
