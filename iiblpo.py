@@ -351,18 +351,22 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 
 # ==== Stage 2: information-bottleneck filter and self-reward
 #   [P] S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r
-#   [O] Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|, r̄: r before its first cue
+#   [O] Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|, r̄: r before its answer
 #   [O] Î(q; r) = Ĥ(r) / mean of Ĥ over the prompt's responses, Ĥ(r) = Σ_t H_t
 #   [C] self-reward: κ mean_t(A H_t), IBRO's surrogate; A: the advantage, below
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
     """Î(r; a*), [B], by the policy without latents."""
-    cue = "\\boxed{" if "\\boxed" in config.prompt else "#"  # what opens an answer
+    cue = "#"  # what opens an answer
+    if "####" in config.prompt:
+        cue = "#### "
+    if "\\boxed" in config.prompt:
+        cue = "\\boxed{"
     probes = []
     for t in trajectories:
         answer = tokenizer(t.gold, add_special_tokens=False).input_ids
-        before = t.text.partition(cue)[0]
+        before = re.split(r"\\f?box|####|" + re.escape(cue), t.text)[0]
         for said in (before, ""):
             given = tokenizer(said + cue, add_special_tokens=False).input_ids
             probes.append(Trajectory(t.prompt, response=given + answer, start=len(given)))
