@@ -610,9 +610,7 @@ def load_policy(config):
     return model.eval(), tokenizer  # for good: dropout would bend the ratios
 
 def load_problems(config):
-    """Lists of (question, gold answer): to train on, and `eval_prompts` held-out ones, of a local
-    file the last, never more than half.
-    """
+    """(question, gold) pairs to train on, and held-out ones: of a file the last, at most half."""
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
         train = chain_questions(random.Random(config.seed), config.operands, False, 4096)
@@ -630,8 +628,8 @@ def load_problems(config):
         fail(f"cannot load the dataset {name}: {e!r}")
     known = dict(heldout)
     train = [pair for pair in train if pair[0] not in known]
-    if not train:
-        fail(f"{name} has no problem to train on that is not held out")
+    if len(train) < WORLD:
+        fail(f"{name} has {len(train)} problems that are not held out, for {WORLD} processes")
     return train, heldout
 
 def read_rows(table, name):
@@ -640,11 +638,15 @@ def read_rows(table, name):
     for row in table:
         question = row.get("problem", row.get("prompt", row.get("question")))
         answer = row.get("answer", row.get("solution"))
-        gold = extract_answer(str(answer)) or str(answer).strip()
-        if not question or answer is None or not 0 < len(gold) <= MAX_LENGTH:
+        gold = extract_answer(str(answer))
+        if gold == "":
+            continue  # two of MATH's solutions end in an empty box
+        gold = gold or str(answer).strip()
+        asked = type(question) is str and question and answer is not None
+        if not asked or not 0 < len(gold) <= MAX_LENGTH:
             fail(f"{name} needs in each row a question (or problem, prompt) and an answer (or "
                  f"solution) of at most {MAX_LENGTH} characters, unlike {row}")
-        pairs.append((str(question), gold))
+        pairs.append((question, gold))
     return pairs
 
 def encode(pairs, model, tokenizer, config):

@@ -261,6 +261,9 @@ def test_local_files_of_each_kind(folder):
     for name in ("d.jsonl", "d.parquet"):
         train, heldout = m.load_problems(config("--model", "x", "--dataset", name, "--eval_prompts", 8))
         assert (len(train), train[3], heldout[0]) == (32, ("What is 3+3?", "6"), ("What is 32+32?", "64"))
+    write_lines([{"question": "What?", "answer": r"\boxed{}"}, *ROWS])  # as two of MATH's rows: left out
+    assert {gold for side in m.load_problems(config("--model", "x", "--dataset", "d.jsonl")) for _, gold in side} == {
+        str(2 * i) for i in range(40)}
     write_lines(ROWS[:8] + ROWS[:6])  # half is held out at most, and no question is on both sides
     train, heldout = m.load_problems(config("--model", "x", "--dataset", "d.jsonl"))
     assert len(heldout) == 7 and [q for q, _ in train] == ["What is 6+6?"]
@@ -270,12 +273,20 @@ def test_local_files_of_each_kind(folder):
     ([{"question": "a", "a": "b"}] * 9, "and an answer"), (ROWS[:1] * 9, "not held out"),
     (ROWS[:5] + [{"question": "x", "answer": None}], "and an answer"),
     (ROWS[:5] + [{"question": "", "answer": "5"}], "a question"), (b"[1, 2]\n[3]\n", "d.jsonl"),
+    ([{"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"}] * 9, "a question"),
     (ROWS[:2] + [{"question": "x", "answer": "so " * 200}], "at most 300 characters"), (ROWS[:1], "cannot load"),
     ('{"question": "é", "answer": "1"}\n'.encode("latin-1") * 9, "d.jsonl")])
 def test_bad_data_is_one_line(folder, capsys, rows, message):
     Path("d.jsonl").write_bytes(rows) if isinstance(rows, bytes) else write_lines(rows)
     assert message in refused(capsys, *QUICK, "--dataset", "d.jsonl", "--out", "run")
     assert not Path("run").exists()
+
+def test_each_process_needs_a_problem(folder, capsys, monkeypatch):
+    write_lines(ROWS[:4])
+    monkeypatch.setattr(m, "WORLD", 3)
+    with pytest.raises(SystemExit):
+        m.load_problems(config("--model", "x", "--dataset", "d.jsonl"))
+    assert "2 problems" in capsys.readouterr().err
 
 # ---- sampling, and PSA
 
