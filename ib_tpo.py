@@ -450,6 +450,9 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
 # What only IB-TPO needs
 
 def prepare(model, config):
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        fail(f"packed trees need full attention in every layer; {type(model).__name__} has {kinds}")
     """The reference policy of the KL, or nothing without one."""
     if config.kl == 0:
         return torch.nn.ModuleList()
@@ -538,7 +541,7 @@ def score(model, states, targets):
         return torch.stack([logp, token_entropy(logits)])
 
     # logits are made in chunks, and again in the backward pass: all at once they are gigabytes
-    size = max(1, LOGITS // model.config.vocab_size)
+    size = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
     chunks = zip(states.split(size), targets.split(size))
     return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks], 1)
 

@@ -574,8 +574,8 @@ def prepare(model, config):
         return torch.nn.ModuleList()
     norm = getattr(getattr(model.base_model, "layers", [None])[0], "input_layernorm", None)
     if not hasattr(norm, "variance_epsilon"):
-        fail(f"latents need model.layers with RMSNorm (as in Qwen2, Qwen3 or Llama), unlike "
-             f"{type(model).__name__}; --branch_mode random and the baselines take it")
+        fail(f"latents need layers with RMSNorm (as of Qwen2, Qwen3 or Llama), which "
+             f"{type(model).__name__} has not; --branch_mode random and baselines take it")
     cvae = LatentCVAE(model.config.hidden_size, config.z_dim)
     return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
 
@@ -691,15 +691,18 @@ def show(config):
 @torch.no_grad()
 def head_outputs(model, problems):
     """Each head's output at the last prompt token, before the projection: [B, layers, heads, D]."""
-    layers, seen, hooks = model.base_model.layers, [], []
-    for layer in layers:
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(
-            lambda module, args: seen.append(args[0][0, -1].double().cpu())))
+    seen, hooks = [], []
+    for name, module in model.named_modules():
+        if name.endswith("self_attn.o_proj"):
+            hooks.append(module.register_forward_pre_hook(
+                lambda module, args: seen.append(args[0][0, -1].double().cpu())))
+    if not hooks:
+        fail(f"--probe_heads needs layers with self_attn.o_proj, unlike {type(model).__name__}")
     for t in problems:
         model.base_model(torch.tensor([t.prompt], device=DEVICE))
     for hook in hooks:
         hook.remove()
-    return torch.stack(seen).view(len(problems), len(layers), model.config.num_attention_heads, -1)
+    return torch.stack(seen).view(len(problems), len(hooks), model.config.num_attention_heads, -1)
 
 def ridge_probe(x, y, x_new):
     """Predictions [m] for x_new [m, D] of a ridge regression of y [n] on standardised x [n, D]."""
@@ -711,6 +714,7 @@ def ridge_probe(x, y, x_new):
 def probe_heads(config):
     """Score the attention heads of a policy; print and save."""
     model, tokenizer = load_policy(config)
+    outputs, half = head_outputs(model, problems), len(problems) // 2
     problems = encode(load_problems(config)[1], model, tokenizer, config)
     if len(problems) < 4:
         fail("--probe_heads needs 4 problems at least: more --eval_prompts")
@@ -719,7 +723,6 @@ def probe_heads(config):
     judge(responses, config)
     rewards = torch.tensor([t.reward for t in responses], dtype=torch.double)
     difficulty = 1 - rewards.view(-1, len(problems)).mean(0)
-    outputs, half = head_outputs(model, problems), len(problems) // 2
     predicted = {}
     for layer in range(outputs.shape[1]):
         for head in range(outputs.shape[2]):
@@ -796,7 +799,7 @@ def score(model, states, targets):
         return torch.stack([logp, token_entropy(logits)])
 
     # logits are made in chunks, and again in the backward pass: all at once they are gigabytes
-    size = max(1, LOGITS // model.config.vocab_size)
+    size = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
     chunks = zip(states.split(size), targets.split(size))
     return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks], 1)
 

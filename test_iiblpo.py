@@ -923,9 +923,16 @@ def test_head_outputs_recombine_to_the_attention_output(kind):
         assert layer.self_attn.o_proj(x.flatten()).allclose(output, atol=1e-5)
 
 def test_ridge_slowly():
+    assert "GPT2LMHeadModel" in refused(capsys, *QUICK, "--probe_heads")
     x, y, new = torch.randn(20, 4).double() * 5 + 2, torch.randn(20).double(), torch.randn(3, 4).double()
     z, rows = (x - x.mean(0)) / x.std(0), torch.eye(4) * math.sqrt(0.1 * 20)  # a row of data a penalty
     w = torch.linalg.lstsq(torch.cat([z, rows]), torch.cat([y - y.mean(), torch.zeros(4)])[:, None]).solution
+def test_the_rows_of_the_logits_are_the_output_layer_s():
+    model, states = small_model(), torch.randn(3, 32)
+    found = m.score(model, states, tensor([4, 5, 6]))
+    model.config = None  # Gemma 3's holds no vocab_size
+    assert torch.equal(m.score(model, states, tensor([4, 5, 6])), found)
+
     assert m.ridge_probe(x, y, new).allclose(y.mean() + ((new - x.mean(0)) / x.std(0) @ w)[:, 0], atol=1e-5)
 
 def test_a_planted_head_is_found_and_reported(folder, monkeypatch, capsys):
@@ -1467,6 +1474,8 @@ def gradients_of_both():
         m.update(model, grab, batch[share], c)
         found += grab.grads
     model, roots, _ = grown(n=5)
+    small_model(use_sliding_window=True, sliding_window=4, max_window_layers=0).save_pretrained("policy")
+    assert "sliding_attention" in refused(capsys, *TREES, script=tpo)  # the mask of a tree would not be minded
     shake(roots)
     return found + packed(model, roots[share], small_model(seed=1), "--micro_tokens", 300, "--kl", 0.1)[0]
 
