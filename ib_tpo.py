@@ -902,10 +902,10 @@ def evaluate(model, tokenizer, problems, config, file=None):
         batch = sampled[i:i + k]
         texts = [t.text for t in batch]
         right = [t.text for t in batch if t.reward]
-        votes = Counter(map(extract_answer, texts))
+        votes = Counter(filter(None, map(extract_answer, texts)))
         sums["pass@1"] += len(right) / k
         sums["pass@k"] += pass_at_k(k, len(right), k)
-        sums["maj@k"] += max(votes, key=votes.get) in map(extract_answer, right)
+        sums["maj@k"] += max(votes, key=votes.get, default=None) in map(extract_answer, right)
         sums["distinct_1"] += distinct_n(texts, 1)
         sums["distinct_4"] += distinct_n(texts, 4)
         sums["distinct_correct"] += len(set(right))

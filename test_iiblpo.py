@@ -601,6 +601,8 @@ def test_evaluation_by_hand(monkeypatch, tmp_path):
                             "length": 3, "distinct_1": (6 / 8 + 4 / 6) / 2, "distinct_4": 0,
                             "distinct_correct": 5 / 2, "sound@1": (2 / 4 + 1 / 4) / 2, "sound@k": 1,
                             "distinct_sound": 3 / 2})
+    answers[:] = [["", "", "", "", "#1"], ["", "", "", "", ""]]  # who does not answer has no vote
+    assert m.evaluate(None, None, problems, config("--eval_samples", 4))["maj@k"] == 1 / 2
     lines = [json.loads(x) for x in (tmp_path / "s").read_text().splitlines()]
     assert lines[2] == {"question": "q", "answer": "1", "response": "2 #2", "reward": 0.0} and len(lines) == 8
 
