@@ -1097,7 +1097,10 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal may know no Greek
     try:
         main()
+        sys.stdout.flush()
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume goes on from the last checkpoint, if there is one already")
+        sys.exit("interrupted: --resume goes on from the last checkpoint")
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

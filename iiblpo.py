@@ -1342,9 +1342,12 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal may know no Greek
+        sys.stdout.flush()
     try:
         main()
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume goes on from the last checkpoint, if there is one already")
+        sys.exit("interrupted: --resume goes on from the last checkpoint")
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -865,6 +865,22 @@ def test_show_prints_how_a_problem_is_explored(folder, capsys):
     done = run("--show", "--model", "run/model")
     assert capsys.readouterr().out.count("reward ") == len(done)
 
+def test_the_table_shows_what_grpo_got_with_the_same_settings(folder, capsys):
+    def printed(*flags):
+        run("--max_steps", 1, *flags)
+        return capsys.readouterr().out
+
+    assert "to compare: the same with --method grpo" in printed("--out", "runs/alone")
+    assert "GRPO's" not in printed("--method", "grpo") and "GRPO's" in printed()
+    for i, flags in enumerate((("--eval_prompts", 5), ("--seed", 1), ("--habit", 0), ("--warm_steps", 9))):
+        assert "GRPO's" not in printed("--out", f"runs/{i}", *flags)
+
+def test_show_into_head_and_a_terminal_of_ascii(folder):
+    words = [sys.executable, HERE / "iiblpo.py", *QUICK, "--show", "| true; exit ${PIPESTATUS[0]}"]
+    done = subprocess.run(["bash", "-c", " ".join(map(str, words))], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == ""
+
 # ---- real models
 
 def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeypatch):
