@@ -1318,11 +1318,12 @@ def print_table(folder, summary):
     grpo = folder.with_name(f"grpo-{config['seed']}") / "summary.json"
     if grpo.exists() and grpo.parent != folder:
         other = json.loads(grpo.read_text())
-        alike = ("model", "dataset", "operands", "habit", "max_steps", "max_tokens", "eval_samples")
+        alike = ("model", "dataset", "operands", "habit", "warm_steps", "max_steps", "max_tokens",
+                 "eval_prompts", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print("\nto compare: iiblpo.py --method grpo, then this command once more, with --resume")
+        print("\nto compare: the same with --method grpo, then this command with --resume")
     print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
 
 def main(argv=None):
