@@ -73,7 +73,7 @@ class Config:
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
                           "\\boxed{}.", "what the policy is asked")
     operands: list[int] = HfArg(default_factory=[4, 7].copy, help="chain: fewest and most digits")
-    habit: float = setting(0.75, "chain: share of demonstrated lines that go left to right")
+    habit: float = setting(0.75, "chain: share of lines that do the leftmost operator by habit")
     warm_steps: int = setting(1000, "tiny: supervised steps before RL")
     # the tree
     prompts_per_step: int = setting(16, "prompts a step, a tree each")
@@ -84,25 +84,25 @@ class Config:
         "ib", "where to branch: highest IB-Score, anywhere, everywhere once, entropy, nowhere")
     rollouts: int = setting(0, "responses a prompt of the independent sampler; 0: as a tree has")
     max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of one call")
+    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of a `generate`")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer")
     # update
     advantage: Literal["gl+ib", "gl", "ib", "grpo"] = setting("gl+ib", "A_GL + lam A_IB, or less")
     lam: float = setting(0.1, "lambda: weight of A_IB")
     lr: float = setting(1e-6, "AdamW's learning rate")
-    updates_per_step: int = setting(1, "parts of a batch, a step each; at 1 no ratio is cut")
+    updates_per_step: int = setting(1, "steps a batch; at 1 no ratio is clipped")
     clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
     clip_high: float = setting(0.2, "... 1 + clip_high]")
     kl: float = setting(0.001, "weight of the k3 KL to the frozen starting policy")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    micro_tokens: int = setting(4096, "rows x columns of one training pass")
+    micro_tokens: int = setting(4096, "tokens of one training pass, but a tree at least")
     # evaluation
     eval_prompts: int = setting(256, "held-out problems")
     eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
     eval_every: int = setting(0, "steps between further evaluations; 0: before and after only")
 
-    def check(self) -> None:
+    def check(self):
         """What the method implies, and what else must hold."""
         if self.method == "grpo":
             self.sampler, self.advantage = "independent", "grpo"
@@ -218,7 +218,7 @@ def grow(model, tokenizer, problems, config, rng):
     roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # by the first rollouts
     trajectories, begun = [], problems * B0
     if config.sampler == "independent":
-        begun, L = problems * (config.rollouts or B0 + (L - 1) * K * B), 1
+        begun, L = problems * (config.rollouts or B0 + (L - 1) * K * B), 1  # a single round
     for turn in range(L):
         if turn > 0:
             begun = []
@@ -248,8 +248,8 @@ def go_on_from(node, problem):
 #   [P] information gain η₁(s) = p̂(a*|s) / p̂(a*|parent) - (1 + 1/β),  confidence η₂(s) = π(s)
 # (β+1) H(s|q,s_<) - β H(s|a*,q,s_<), both H as means of 1 - π over s ~ π(s|q,s_<), is by Bayes'
 # π(s|a*) = π(s) p(a*|s)/p(a*|v) just 1 + β Σ_s π² (p(a*|s)/p(a*|v) - (1 + 1/β)), π(s) a product.
-# Sampled, it is β/B Σ_b η₁ η₂; the paper drops the 1 and has (1+β)/B: the same ranking. Where
-# p̂ = p̂(parent), as if all are right or all wrong, η₁ = -1/β: confident steps lose probability.
+# Sampled, it is β/B Σ_b η₁ η₂; the paper drops the 1 and has (1+β)/B: the same ranking.
+# Where p̂ = p̂(parent), as when all are right or wrong, η₁ = -1/β: confident steps lose probability.
 
 def information_gain(node, beta):
     """η₁(s). Where the parent never led to a right answer the ratio counts as 1 [O]."""
@@ -268,11 +268,9 @@ def ib_score(node, beta):
 
 def ib_covariance(node, beta):
     """Cov(η₁, η₂) over a node's sub-steps, by visits; under GRPO it falls to zero. [P]"""
-    visits = torch.tensor([float(s.visits) for s in node.children])
-    eta1 = torch.tensor([information_gain(s, beta) for s in node.children])
-    eta2 = torch.tensor([s.confidence for s in node.children])
-    weights = visits / visits.sum()
-    return ((eta1 - weights @ eta1) * (eta2 - weights @ eta2) * weights).sum().item()
+    visits = torch.tensor([s.visits for s in node.children])
+    eta = torch.tensor([[information_gain(s, beta), s.confidence] for s in node.children])
+    return torch.cov(eta.T, correction=0, fweights=visits)[0, 1].item()
 
 def select_nodes(root, k, sampler, config, rng):
     """The k nodes to branch from, which have children and room behind them; fewer than k repeat.
@@ -312,7 +310,7 @@ def step_advantages(root, config):
     return result
 
 # ==== Update on packed trees
-#   [P] L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over the tokens of all G trajectories
+#   [P] L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over all G trajectories; r_t <= 3 [O]
 # A step that trajectories share is run once: the tree lies depth-first in one sequence, a token
 # sees its ancestors and itself, its position is its depth, and its weight in the mean is the
 # number of trajectories through it. The gradient is that of G separate rows [O].
@@ -341,7 +339,8 @@ def pack_tree(root, advantages):
     nodes, last = root.walk(), {}
     S = sum(len(node.tokens) for node in nodes)
     mask = torch.zeros(S, S, dtype=torch.bool)
-    previous, begin = torch.arange(S) - 1, 0
+    previous = torch.arange(S) - 1
+    begin = 0
     for node in nodes:
         end = begin + len(node.tokens)
         if node.parent:
@@ -450,10 +449,10 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
 # What only IB-TPO needs
 
 def prepare(model, config):
+    """The reference policy of the KL, or nothing without one."""
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         fail(f"packed trees need full attention in every layer; {type(model).__name__} has {kinds}")
-    """The reference policy of the KL, or nothing without one."""
     if config.kl == 0:
         return torch.nn.ModuleList()
     return copy.deepcopy(model).requires_grad_(False)
@@ -546,7 +545,7 @@ def score(model, states, targets):
     return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks], 1)
 
 def micro_batches(lengths, tokens):
-    """Lists of indices of items of like length, `tokens` at most (items x longest) or one item."""
+    """Lists of indices, like lengths together: `tokens` at most (items x longest), or one item."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
@@ -921,7 +920,7 @@ def evaluate(model, tokenizer, problems, config, file=None):
     return {name: value / len(problems) for name, value in sums.items()}
 
 def rollout_metrics(trajectories):
-    """What is logged of a step, as shares of its problems or means over its responses."""
+    """What is logged of a step: shares of problems, means over responses or tokens, counts."""
     trajectories = gather(trajectories)
     tokens, count = own_tokens(trajectories), len(trajectories)
     groups = {t.group for t in trajectories}
@@ -1066,8 +1065,8 @@ def train(config):
 
 def print_table(folder, summary):
     """Before and after training, and what GRPO got with this seed where such a run is at hand."""
-    table, config = pandas.DataFrame({"before": summary["before"]}), summary["config"]
-    table["after"] = pandas.Series(summary["after"])
+    config = summary["config"]
+    table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
     grpo = folder.with_name(f"grpo-{config['seed']}") / "summary.json"
     if grpo.exists() and grpo.parent != folder:
         other = json.loads(grpo.read_text())

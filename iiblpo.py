@@ -14,8 +14,6 @@ latents learn through the policy that they steer, and pseudo self-attention is t
 Marks: [P] the paper, [C] the released code, [O] our own choice. Shapes: B rows, T response tokens,
 V vocabulary, H width, Z latent dimensions. Entropies and log-probabilities are in nats.
 """
-from __future__ import annotations
-
 import ast
 import contextlib
 import functools
@@ -75,13 +73,13 @@ class Config:
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
                           "\\boxed{}.", "what the policy is asked")
     operands: list[int] = HfArg(default_factory=[4, 7].copy, help="chain: fewest and most digits")
-    habit: float = setting(0.75, "chain: share of demonstrated lines that go left to right")
+    habit: float = setting(0.75, "chain: share of lines that do the leftmost operator by habit")
     warm_steps: int = setting(1000, "tiny: supervised steps before RL")
     # rollout
     prompts_per_step: int = setting(16, "prompts a step")
     rollouts: int = setting(8, "responses a prompt of the baselines, and everyone's budget")
     max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of one call")
+    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of a `generate`")
     # stage 1: branching
     initial: int = setting(2, "M: rollouts a prompt before branching")
     branches: int = setting(3, "K: branches of each rollout")
@@ -92,7 +90,7 @@ class Config:
     psa_decay_steps: int = setting(200, "steps in which gamma falls to 0; 0: it stays")
     psa_halflife: float = setting(0.0, "tokens that halve the norm's modulation; 0: it stays")
     z_dim: int = setting(128, "dimensions of the latent")
-    cvae_pairs: int = setting(512, "continuations that the latents learn from")
+    cvae_pairs: int = setting(512, "most continuations that the latents learn from")
     cvae_steps: int = setting(200, "training steps of the latents")
     cvae_refresh: int = setting(0, "train them again every so many steps; 0: frozen")
     # stage 2: information bottleneck
@@ -102,8 +100,7 @@ class Config:
     kappa: float = setting(0.005, "kappa: weight of the IB self-reward")
     # update
     lr: float = setting(1e-6, "AdamW's learning rate")
-    updates_per_step: int = setting(1, "parts of a batch, an optimizer step each; at 1 only "
-                                  "steered branches have ratios to clip")
+    updates_per_step: int = setting(1, "steps a batch; at 1 only steered branches are clipped")
     clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
     clip_high: float = setting(0.2, "... 1 + clip_high]; dapo: at least 0.28")
     entropy_bonus: float = setting(0.003, "entropy_reg: weight of the entropy")
@@ -114,7 +111,7 @@ class Config:
     eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
     eval_every: int = setting(0, "steps between further evaluations; 0: before and after only")
 
-    def check(self) -> None:
+    def check(self):
         """What the method implies, and what else must hold."""
         if self.method == "dapo":
             self.clip_high = max(0.28, self.clip_high)  # clip-higher
@@ -289,8 +286,8 @@ def psa_gamma(step, config):
     return config.psa_gamma * max(0.0, 1 - step / (config.psa_decay_steps or math.inf))
 
 def latent_loss(model, latents, batch, prefix, continuation):
-    """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows; 0.5 nats a
-    dimension of their mean KL are free. The decoder is the frozen policy, steered by z [O]:
+    """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows; of the mean KL
+    0.5 nats a dimension are free. The decoder is the frozen policy, steered by z [O]:
     latents that decode into a feature [C] were measured to do nothing to what the policy says.
 
     prefix, continuation: [B, H]. Also returns ln π of the rows [B] and the KL [Z].
@@ -353,7 +350,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   [P] S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r
 #   [O] Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|, r̄: r before its answer
 #   [O] Î(q; r) = Ĥ(r) / mean of Ĥ over the prompt's responses, Ĥ(r) = Σ_t H_t
-#   [C] self-reward: κ mean_t(A H_t), IBRO's surrogate; A: the advantage, below
+#   [C] self-reward: κ mean_t(A H_t), as in [arXiv 2507.18391]; A: the advantage, below
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
@@ -418,7 +415,7 @@ def ib_scores(model, tokenizer, candidates, config):
 def explore(model, tokenizer, latents, problems, config):
     """Stages 1 and 2 on a batch of problems: (all candidates, those kept).
 
-    As many tokens, or fewer, are expected as `rollouts` responses of the same mean length have [O].
+    At most as many tokens are expected as `rollouts` such responses would have [O].
     """
     candidates = sample(model, tokenizer, problems * config.initial, config)
     initial, kept = len(candidates), candidates
@@ -444,7 +441,7 @@ def explore(model, tokenizer, latents, problems, config):
 #   [O]           r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)
 #   [GRPO, O, C]  L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)
 # mean, std: of all candidates of a prompt; n of them have reward R, k of these are kept
-# (by the baselines: all).
+# (baselines: n/k = 1).
 # r_t: the bare policy over the one that sampled, so that what latents find goes into the policy.
 
 def group_advantages(rewards, groups, eps=1e-4):
@@ -461,7 +458,7 @@ def group_advantages(rewards, groups, eps=1e-4):
 def set_advantages(candidates, kept):
     """Write advantages, relative to all candidates of a prompt, into the trajectories.
 
-    The filter looks at a*, so that among wrong responses it keeps the lucky ones, and what it drops
+    The filter looks at a*, so that among wrong responses it keeps near misses, and what it drops
     would never be punished: those kept of a reward get the weight of all that had it [O].
     """
     rewards = torch.tensor([t.reward for t in candidates])
@@ -538,7 +535,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     shuffled = rng.sample(problems, len(problems))
     metrics = {}
 
-    # 2. the latents learn the policy's alternatives, at first and now and then, and fade
+    # 2. the latents learn the policy's alternatives, once or every `cvae_refresh` steps, and fade
     if latents:
         if step == 0 or (config.cvae_refresh and step % config.cvae_refresh == 0):
             metrics = train_latents(model, tokenizer, latents, shuffled, config)
@@ -580,7 +577,7 @@ def prepare(model, config):
     return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
 
 def train_latents(model, tokenizer, latents, problems, config):
-    """Train prior, posterior and PSA on the policy's alternatives; a report on the last of them."""
+    """Train prior, posterior and PSA on the policy's alternatives; a report on the last batch."""
     latents[1].gamma = config.psa_gamma
     problems = share(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
@@ -651,8 +648,8 @@ def features(model, batch, config):
 def baseline_rollouts(model, tokenizer, shuffled, config):
     """(all, those to train on): `rollouts` responses to each of the first problems of `shuffled`.
 
-    dapo goes on, up to twice, in the place of problems whose rewards are all equal (so that their
-    advantages are 0), and leaves out what was cut at the length limit.
+    dapo replaces, up to twice, problems whose rewards are all equal (so that their advantages are
+    0), and leaves out what was cut at the length limit.
     """
     dapo = config.method == "dapo"
     missing = wanted = len(share(shuffled[:config.prompts_per_step]))
@@ -714,10 +711,10 @@ def ridge_probe(x, y, x_new):
 def probe_heads(config):
     """Score the attention heads of a policy; print and save."""
     model, tokenizer = load_policy(config)
-    outputs, half = head_outputs(model, problems), len(problems) // 2
     problems = encode(load_problems(config)[1], model, tokenizer, config)
     if len(problems) < 4:
         fail("--probe_heads needs 4 problems at least: more --eval_prompts")
+    outputs, half = head_outputs(model, problems), len(problems) // 2
     torch.manual_seed(config.seed)
     responses = sample(model, tokenizer, problems * config.eval_samples, config)
     judge(responses, config)
@@ -804,7 +801,7 @@ def score(model, states, targets):
     return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks], 1)
 
 def micro_batches(lengths, tokens):
-    """Lists of indices of items of like length, `tokens` at most (items x longest) or one item."""
+    """Lists of indices, like lengths together: `tokens` at most (items x longest), or one item."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
@@ -1168,7 +1165,7 @@ def evaluate(model, tokenizer, problems, config, file=None):
     return {name: value / len(problems) for name, value in sums.items()}
 
 def rollout_metrics(trajectories):
-    """What is logged of a step, as shares of its problems or means over its responses."""
+    """What is logged of a step: shares of problems, means over responses or tokens, counts."""
     trajectories = gather(trajectories)
     tokens, count = own_tokens(trajectories), len(trajectories)
     groups = {t.group for t in trajectories}
@@ -1313,8 +1310,8 @@ def train(config):
 
 def print_table(folder, summary):
     """Before and after training, and what GRPO got with this seed where such a run is at hand."""
-    table, config = pandas.DataFrame({"before": summary["before"]}), summary["config"]
-    table["after"] = pandas.Series(summary["after"])
+    config = summary["config"]
+    table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
     grpo = folder.with_name(f"grpo-{config['seed']}") / "summary.json"
     if grpo.exists() and grpo.parent != folder:
         other = json.loads(grpo.read_text())
@@ -1343,9 +1340,9 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal may know no Greek
-        sys.stdout.flush()
     try:
         main()
+        sys.stdout.flush()
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
