@@ -285,10 +285,10 @@ def psa_gamma(step, config):
     """γ at a training step: it falls linearly to 0. [P]"""
     return config.psa_gamma * max(0.0, 1 - step / (config.psa_decay_steps or math.inf))
 
-def latent_loss(model, latents, batch, prefix, continuation):
-    """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows; of the mean KL
-    0.5 nats a dimension are free. The decoder is the frozen policy, steered by z [O]:
-    latents that decode into a feature [C] were measured to do nothing to what the policy says.
+def latent_loss(model, latents, batch, prefix, continuation, above):
+    """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows; the KL only of
+    dimensions that are `above` [Z] what is free. The decoder is the frozen policy, steered by z
+    [O]: latents that decode into a feature [C] were measured to do nothing to what it says.
 
     prefix, continuation: [B, H]. Also returns ln π of the rows [B] and the KL [Z].
     """
@@ -300,7 +300,7 @@ def latent_loss(model, latents, batch, prefix, continuation):
         logp, _, mask = token_logps(model, batch)
     logp = (logp * mask).sum(1)
     kl = torch.distributions.kl_divergence(posterior, prior).mean(0)
-    return 0.5 * kl.clamp(min=0.5).sum() - logp.mean(), logp, kl
+    return 0.5 * kl[above].sum() - logp.mean(), logp, kl
 
 def alternatives(model, tokenizer, problems, config):
     """What the latents learn from: continuations from t*, after each of the 4 likeliest tokens
@@ -578,7 +578,8 @@ def prepare(model, config):
 
 def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; a report on the last batch."""
-    latents[1].gamma = config.psa_gamma
+    cvae, psa = latents
+    psa.gamma = config.psa_gamma
     problems = share(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
     pairs, tokens = gather(pairs), sum(gather([tokens]))
@@ -589,10 +590,13 @@ def train_latents(model, tokenizer, latents, problems, config):
     model.requires_grad_(False)
     for _ in tqdm(range(config.cvae_steps), "latents", disable=RANK > 0 or None):
         drawn = torch.randperm(len(pairs))[:32]
+        with torch.no_grad():  # 0.5 nats a dimension are free, in the mean of all that are drawn
+            posterior, prior = cvae.posterior(*states[:, drawn]), cvae.prior(states[0, drawn])
+            above = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
         for rows in micro_batches([len(pairs[i]) for i in drawn], config.micro_tokens):
             chosen = drawn[rows]
             batch = [pairs[i] for i in chosen]
-            loss, logp, kl = latent_loss(model, latents, batch, *states[:, chosen])
+            loss, logp, kl = latent_loss(model, latents, batch, *states[:, chosen], above)
             (loss * len(rows) / len(drawn)).backward()
         torch.nn.utils.clip_grad_norm_(latents.parameters(), 0.5)
         optimizer.step()
