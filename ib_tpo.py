@@ -11,7 +11,7 @@
 Left out: vLLM, sharding, rewards other than right or wrong, and the paper's top-p 0.95 and
 temperature 0.7 (so that what is recorded is the sampling distribution). Ours: the packed update.
 
-Marks: [P] the paper, [O] our own choice; no code is released. Shapes: B rows, T response tokens,
+Marks: [P] the paper, [O] our own choice; others name a source. Shapes: B rows, T response tokens,
 S tokens of a packed tree, V vocabulary, H width. Entropies and log-probabilities are in nats.
 """
 from __future__ import annotations
@@ -249,7 +249,7 @@ def go_on_from(node, problem):
 # (β+1) H(s|q,s_<) - β H(s|a*,q,s_<), both H as means of 1 - π over s ~ π(s|q,s_<), is by Bayes'
 # π(s|a*) = π(s) p(a*|s)/p(a*|v) just 1 + β Σ_s π² (p(a*|s)/p(a*|v) - (1 + 1/β)), π(s) a product.
 # Sampled, it is β/B Σ_b η₁ η₂; the paper drops the 1 and has (1+β)/B: the same ranking.
-# Where p̂ = p̂(parent), as when all are right or wrong, η₁ = -1/β: confident steps lose probability.
+# Where p̂ = p̂(parent), as when all are right or wrong, η₁ = -1/β: confident steps grow rarer.
 
 def information_gain(node, beta):
     """η₁(s). Where the parent never led to a right answer the ratio counts as 1 [O]."""
@@ -1027,7 +1027,6 @@ def train(config):
     pairs = load_problems(config)
     model, tokenizer = load_policy(config)
     problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
-    torch.manual_seed(config.seed)
     extra = prepare(model, config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     parts = {"model": model, "optimizer": optimizer, "extra": extra}
@@ -1037,7 +1036,6 @@ def train(config):
         before = evaluate(model, tokenizer, heldout, config)
         state = {"config": asdict(config), "log": [], "before": before}
     log = state["log"]  # one list: what is appended is saved
-
     tokens = sum(line["tokens_sampled"] for line in log)
     while len(log) < config.max_steps and tokens < (config.max_tokens or math.inf):
         step = len(log)

@@ -11,8 +11,8 @@
 Left out: vLLM, sharding, rewards other than right or wrong. Unlike in the released code,
 latents learn through the policy that they steer, and pseudo self-attention is the paper's.
 
-Marks: [P] the paper, [C] the released code, [O] our own choice. Shapes: B rows, T response tokens,
-V vocabulary, H width, Z latent dimensions. Entropies and log-probabilities are in nats.
+Marks: [P] the paper, [C] the released code, [O] our own choice; others name a source. Shapes: B
+rows, T response tokens, V vocabulary, H width, Z latent dimensions. Entropies, ln π are in nats.
 """
 import ast
 import contextlib
@@ -567,6 +567,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
 
 def prepare(model, config):
     """What is trained besides the policy: (cvae, psa), or nothing without latents."""
+    torch.manual_seed(config.seed)
     if config.method != "iiblpo" or config.branch_mode == "random":
         return torch.nn.ModuleList()
     norm = getattr(getattr(model.base_model, "layers", [None])[0], "input_layernorm", None)
@@ -671,7 +672,6 @@ def show(config):
     """Print how a held-out problem is explored; after a run, with --model RUN/model."""
     model, tokenizer = load_policy(config)
     problems, heldout = [encode(side, model, tokenizer, config) for side in load_problems(config)]
-    torch.manual_seed(config.seed)
     latents = prepare(model, config)
     if latents:
         print(train_latents(model, tokenizer, latents, problems, config))
@@ -1276,7 +1276,6 @@ def train(config):
     pairs = load_problems(config)
     model, tokenizer = load_policy(config)
     problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
-    torch.manual_seed(config.seed)
     extra = prepare(model, config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     parts = {"model": model, "optimizer": optimizer, "extra": extra}
@@ -1286,7 +1285,6 @@ def train(config):
         before = evaluate(model, tokenizer, heldout, config)
         state = {"config": asdict(config), "log": [], "before": before}
     log = state["log"]  # one list: what is appended is saved
-
     tokens = sum(line["tokens_sampled"] for line in log)
     while len(log) < config.max_steps and tokens < (config.max_tokens or math.inf):
         step = len(log)
