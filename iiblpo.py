@@ -566,7 +566,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
 # What only I²B-LPO needs
 
 def prepare(model, config):
-    """What is trained besides the policy: (cvae, psa), or nothing without latents."""
+    """What is trained besides the policy: (cvae, psa), seeded, or nothing without latents."""
     torch.manual_seed(config.seed)
     if config.method != "iiblpo" or config.branch_mode == "random":
         return torch.nn.ModuleList()
@@ -591,7 +591,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     model.requires_grad_(False)
     for _ in tqdm(range(config.cvae_steps), "latents", disable=RANK > 0 or None):
         drawn = torch.randperm(len(pairs))[:32]
-        with torch.no_grad():  # 0.5 nats a dimension are free, in the mean of all that are drawn
+        with torch.no_grad():  # 0.5 nats a dimension are free, in the mean of all drawn
             posterior, prior = cvae.posterior(*states[:, drawn]), cvae.prior(states[0, drawn])
             above = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
         for rows in micro_batches([len(pairs[i]) for i in drawn], config.micro_tokens):

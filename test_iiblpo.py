@@ -653,16 +653,16 @@ def explored(monkeypatch, *flags):
     return model, c, latents, drawn, *m.explore(model, TINY, latents, problems, c)
 
 def test_an_answer_in_any_form_is_cut_off_before_its_gain():
-    said, c = [], config("--prompt", "{question} Answer in \\boxed{}.")
-    texts = ["so\n#### 18", "so\n\\boxed 18", "so\n\\fbox{18}", "so\n\\boxed{18} or \\boxed{8}", "so\n"]
-    m.answer_gain(small_model(), lambda text, **_: said.append(text) or SimpleNamespace(input_ids=[5]),
-                  [m.Trajectory([5], gold="18", text=text) for text in texts], c)
-    assert {*said} == {"18", "so\n\\boxed{", "\\boxed{"}
-    said.clear()
-    c = config("--prompt", "{question} End with ####.")
-    m.answer_gain(small_model(), lambda text, **_: said.append(text) or SimpleNamespace(input_ids=[5]),
-                  [m.Trajectory([5], gold="18", text="## Step 1\nso\n#### 18")], c)
-    assert said == ["18", "## Step 1\nso\n#### ", "#### "]
+    def asked(prompt, *texts):
+        said = []
+        m.answer_gain(small_model(), lambda text, **_: said.append(text) or SimpleNamespace(input_ids=[5]),
+                      [m.Trajectory([5], gold="18", text=text) for text in texts], config("--prompt", prompt))
+        return said
+
+    forms = ["so\n#### 18", "so\n\\boxed 18", "so\n\\fbox{18}", "so\n\\boxed{18} or \\boxed{8}", "so\n"]
+    assert {*asked("{question} Answer in \\boxed{}.", *forms)} == {"18", "so\n\\boxed{", "\\boxed{"}
+    headed = asked("{question} End with ####.", "## Step 1\nso\n#### 18")
+    assert headed == ["18", "## Step 1\nso\n#### ", "#### "]
 
 def test_a_slow_reference_reproduces_the_method(monkeypatch):
     """Ω, Î, Ĥ, S_IB, the selection, the advantages, the loss and its gradient."""
