@@ -14,8 +14,6 @@ temperature 0.7 (so that what is recorded is the sampling distribution). Ours: t
 Marks: [P] the paper, [O] our own choice; others name a source. Shapes: B rows, T response tokens,
 S tokens of a packed tree, V vocabulary, H width. Entropies and log-probabilities are in nats.
 """
-from __future__ import annotations
-
 import ast
 import contextlib
 import copy
@@ -84,7 +82,7 @@ class Config:
         "ib", "where to branch: highest IB-Score, anywhere, everywhere once, entropy, nowhere")
     rollouts: int = setting(0, "responses a prompt of the independent sampler; 0: as a tree has")
     max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of a `generate`")
+    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come, no prefix) of a call")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer")
     # update
@@ -101,6 +99,9 @@ class Config:
     eval_prompts: int = setting(256, "held-out problems")
     eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
     eval_every: int = setting(0, "steps between further evaluations; 0: before and after only")
+
+    MAY_BE_0 = ["max_tokens", "seed", "eval_every", "rollouts"]  # no other integer
+    SHARES = ["habit", "clip_low"]  # 1 at most
 
     def check(self):
         """What the method implies, and what else must hold."""
@@ -141,8 +142,8 @@ class Node:
     tokens: list[int]
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of the step's tokens
     entropy: torch.Tensor = torch.zeros(0)  # [T]
-    parent: Node | None = None
-    children: list[Node] = field(default_factory=list)
+    parent: "Node" = None
+    children: list["Node"] = field(default_factory=list)
     visits: int = 0  # trajectories through this step
     total_reward: float = 0.0  # of these, each 0 or 1
     end: int = 0  # response tokens from q to the end of this step
@@ -215,10 +216,10 @@ def grow(model, tokenizer, problems, config, rng):
     All trees grow in one `sample` a round, from prompt and prefix, which is prefilled again.
     """
     B0, L, K, B = config.tree
-    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # by the first rollouts
+    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # once: B₀ rollouts
+    if config.sampler == "independent":  # a single round
+        B0, L = config.rollouts or B0 + (L - 1) * K * B, 1
     trajectories, begun = [], problems * B0
-    if config.sampler == "independent":
-        begun, L = problems * (config.rollouts or B0 + (L - 1) * K * B), 1  # a single round
     for turn in range(L):
         if turn > 0:
             begun = []
@@ -246,9 +247,10 @@ def go_on_from(node, problem):
 # ==== IB-Score: where to branch
 #   [P] J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b), over the B sub-steps s_b sampled at v
 #   [P] information gain η₁(s) = p̂(a*|s) / p̂(a*|parent) - (1 + 1/β),  confidence η₂(s) = π(s)
-# (β+1) H(s|q,s_<) - β H(s|a*,q,s_<), both H as means of 1 - π over s ~ π(s|q,s_<), is by Bayes'
-# π(s|a*) = π(s) p(a*|s)/p(a*|v) just 1 + β Σ_s π² (p(a*|s)/p(a*|v) - (1 + 1/β)), π(s) a product.
-# Sampled, it is β/B Σ_b η₁ η₂; the paper drops the 1 and has (1+β)/B: the same ranking.
+# Why: J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), each H a mean of 1 - π over s ~ π(s|v), so that
+#   H(s|v) = 1 - Σ_s π(s)²,  and by Bayes  H(s|a*,v) = 1 - Σ_s π(s)² p(a*|s) / p(a*|v)
+#   J_IB(v) = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/B Σ_b η₁ η₂, π(s) a product of token probabilities
+# The paper drops the 1 and has (1+β)/B: the same ranking.
 # Where p̂ = p̂(parent), as when all are right or wrong, η₁ = -1/β: confident steps grow rarer.
 
 def information_gain(node, beta):
@@ -273,7 +275,7 @@ def ib_covariance(node, beta):
     return torch.cov(eta.T, correction=0, fweights=visits)[0, 1].item()
 
 def select_nodes(root, k, sampler, config, rng):
-    """The k nodes to branch from, which have children and room behind them; fewer than k repeat.
+    """The k nodes to branch from, which have children and room behind them; if fewer, they repeat.
 
     ib: highest J_IB [P]; entropy: before the step with the highest token entropy, each place once
     before any twice (as TreeRL); fixed: each place once, from the root down (as TreePO); random.
@@ -336,7 +338,8 @@ def pack_tree(root, advantages):
     """One tree of S tokens, the prompt's among them, a step once. [S]: input_ids, previous (index
     of the token before), weights (prompt: 0), advantages, logps (old); attention_mask: [S, S].
     """
-    nodes, last = root.walk(), {}
+    nodes = root.walk()
+    last = {}  # node: index of its last token
     S = sum(len(node.tokens) for node in nodes)
     mask = torch.zeros(S, S, dtype=torch.bool)
     previous = torch.arange(S) - 1
@@ -414,9 +417,7 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
             stats["tokens_unique"] += (weights > 0).sum().item()
         if tokens > 0:
             norm = take_step(model, optimizer, config)
-    total = Counter()
-    for part in gather([stats]):
-        total.update(part)
+    total = pandas.DataFrame(gather([stats])).sum().to_dict()  # over processes
     return {**total, "grad_norm": norm}
 
 # ==== The training step
@@ -485,9 +486,6 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOGITS = 2 ** 25  # logits held at a time
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}
-MAY_BE_0 = ["max_tokens", "seed", "rollouts", "eval_every", "psa_layers", "psa_decay_steps",
-            "cvae_refresh", "keep"]
-SHARES = ["habit", "top_frac", "clip_low"]
 autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
 
@@ -562,7 +560,7 @@ def take_step(model, optimizer, config):
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if not math.isfinite(norm):
-        fail("the gradient is not finite, and is again with --resume: begin anew with a lower --lr")
+        fail("the gradient is not finite, with --resume neither: begin anew with a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -711,7 +709,7 @@ def chain_questions(rng, operands, heldout, n):
             found[question + "="] = True
         if len(found) == n:
             return list(found)
-    fail(f"there are not {n} problems with {operands} --operands, only {len(found)}")
+    fail(f"there are not {n} problems with --operands {operands}, only {len(found)}")
 
 def tiny_tokenizer():
     """One token a character, as an ordinary fast tokenizer."""
@@ -780,8 +778,6 @@ def judge(trajectories, config):
             t.reward = float(verify(answer, t.gold))
 
 MAX_LENGTH = 300  # a longer answer is wrong, one beyond the other limits is compared as text [O]
-LARGEST = 10 ** 80
-MAX_POWER = 100
 DIGITS = 400
 UNIT = (r"%|(?: m|[ckm]m|kg|ft|feet|inch|hour|day|month|dollar|degree|people)(?:\^[23])?|(?<=[ })])"
         r"(?!(?:time|equal|pair|halve|third|quarter|two|three|four|five|sixe|seven|eight|nine|ten|"
@@ -838,9 +834,9 @@ def value_of(node):
                 case ast.Sub(): number = a - b
                 case ast.Mult(): number = a * b
                 case ast.Div() if b: number = a / b
-                case ast.Pow() if 1 / MAX_POWER < abs(b) <= MAX_POWER:  # others come too near to 1
+                case ast.Pow() if 0.01 < abs(b) <= 100:  # others are huge, or too near to 1
                     number = a ** b  # a root of a < 0: complex, so no Float
-    if number.is_zero or number.is_Float and 1 / LARGEST < abs(number) < LARGEST:
+    if number.is_zero or number.is_Float and 1e-80 < abs(number) < 1e80:
         return number
     raise ValueError("not a real number of bounded size")
 
@@ -870,9 +866,9 @@ def verify(answer, gold):
     (left, unit), (right, gold_unit) = read(answer), read(gold)
     if not left or unit and gold_unit and unit != gold_unit:
         return False
-    if left == right or unit + gold_unit != "%":
-        return left == right
-    return verify(answer.replace("%", "/100"), gold.replace("%", "/100"))  # 50% is 50/100
+    if left != right and unit + gold_unit == "%":  # only one says %: 50% is 50/100
+        return verify(answer.replace("%", "/100"), gold.replace("%", "/100"))
+    return left == right
 
 def pass_at_k(n, c, k):
     """Unbiased pass@k of n samples, c of them right: 1 - C(n-c, k) / C(n, k). [arXiv 2107.03374]"""
@@ -956,8 +952,8 @@ def parse_config(script, argv):
     config = parser.parse_args(argv, Config())
     for name, value in asdict(config).items():
         for x in value if isinstance(value, list) else [value]:
-            low = 1 if type(x) is int and name not in MAY_BE_0 else 0
-            high = 1 if name in SHARES else 10 ** 12
+            low = 1 if type(x) is int and name not in Config.MAY_BE_0 else 0
+            high = 1 if name in Config.SHARES else 10 ** 12
             if type(x) in (int, float) and not low <= x <= high:  # nan is not, either
                 fail(f"{name} must be from {low} to {high}, not {x}")
     if "{question}" not in config.prompt:
@@ -977,14 +973,14 @@ def save_atomically(path, *writers):
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(".tmp", dir=path.parent) as temporary:
+        with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as temporary:
             new = Path(temporary, path.name)
             for write in writers:
                 write(new)
             if path.is_dir():
                 path.replace(Path(temporary, "old"))  # it goes when `temporary` does
             new.replace(path)
-    except (OSError, RuntimeError) as e:  # torch and safetensors have their own errors
+    except Exception as e:  # torch and safetensors have their own
         fail(f"cannot write {path}: {e}")
 
 def save_lines(path, rows):
@@ -1027,7 +1023,7 @@ def train(config):
     pairs = load_problems(config)
     model, tokenizer = load_policy(config)
     problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
-    extra = prepare(model, config)
+    extra = prepare(model, config)  # latents or a reference
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     parts = {"model": model, "optimizer": optimizer, "extra": extra}
     if (folder / "state.pt").exists():
@@ -1073,7 +1069,8 @@ def print_table(folder, summary):
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print("\nto compare: the same with --method grpo, then this command with --resume")
+        print(f"\nto compare: the same with --method grpo --out {grpo.parent}, "
+              "then this command with --resume")
     print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
 
 def main(argv=None):
@@ -1087,8 +1084,6 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")
     if config.show:
         return show(config)
-    if getattr(config, "probe_heads", False):
-        return probe_heads(config)
     return train(config)
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Config:
     prompts_per_step: int = setting(16, "prompts a step")
     rollouts: int = setting(8, "responses a prompt of the baselines, and everyone's budget")
     max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come) of a `generate`")
+    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come, no prefix) of a call")
     # stage 1: branching
     initial: int = setting(2, "M: rollouts a prompt before branching")
     branches: int = setting(3, "K: branches of each rollout")
@@ -111,12 +111,16 @@ class Config:
     eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
     eval_every: int = setting(0, "steps between further evaluations; 0: before and after only")
 
+    MAY_BE_0 = ["max_tokens", "seed", "eval_every", "psa_layers", "psa_decay_steps",
+                "cvae_refresh", "keep"]  # no other integer
+    SHARES = ["habit", "top_frac", "clip_low"]  # 1 at most
+
     def check(self):
         """What the method implies, and what else must hold."""
         if self.method == "dapo":
             self.clip_high = max(0.28, self.clip_high)  # clip-higher
-        if self.rollouts == 0 or self.method == "iiblpo" and self.rollouts <= self.initial:
-            fail("rollouts must be above 0, initial below rollouts: branches get the rest of them")
+        if self.method == "iiblpo" and self.rollouts <= self.initial:
+            fail("initial must be below rollouts: branches get the rest of them")
 
 
 @dataclass(eq=False)
@@ -162,9 +166,8 @@ def branch_positions(entropy, mask, top_frac, generator=None):
 
 def prefixes_to_branch(parents, config):
     """The prefix c = (q, o_<t*) of each response."""
-    entropy = pad([t.entropy for t in parents])
-    mask = pad([torch.ones(len(t.response)) for t in parents])
-    positions = branch_positions(entropy, mask, config.top_frac).tolist()
+    entropy = pad([t.entropy for t in parents], padding_value=-1)
+    positions = branch_positions(entropy, entropy > -1, config.top_frac).tolist()
     return [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], start=n)
             for t, n in zip(parents, positions)]
 
@@ -317,7 +320,7 @@ def alternatives(model, tokenizer, problems, config):
         for token in p.topk(4).indices.tolist():
             goes_on = token not in eos and t.start + 1 < config.max_new_tokens
             if goes_on and p[token] > 0.01:
-                begun.append(replace(t, response=t.response + [token]))  # its ln π is not known
+                begun.append(replace(t, response=t.response + [token]))  # not in logps
     pairs = sample(model, tokenizer, begun[:math.ceil(config.cvae_pairs / WORLD)], config)
     tokens = own_tokens(parents) + own_tokens(pairs)
     return [replace(t, start=t.start - 1) for t in pairs], tokens  # the forced token is part of it
@@ -363,7 +366,7 @@ def answer_gain(model, tokenizer, trajectories, config):
     probes = []
     for t in trajectories:
         answer = tokenizer(t.gold, add_special_tokens=False).input_ids
-        before = re.split(r"\\f?box|####|" + re.escape(cue), t.text)[0]
+        before = re.split(r"\\f?box|####|" + re.escape(cue), t.text)[0]  # its answer cut
         for said in (before, ""):
             given = tokenizer(said + cue, add_special_tokens=False).input_ids
             probes.append(Trajectory(t.prompt, response=given + answer, start=len(given)))
@@ -410,7 +413,7 @@ def ib_scores(model, tokenizer, candidates, config):
     gain = answer_gain(model, tokenizer, candidates, config)
     entropy = pad([t.entropy for t in candidates])  # 0 behind a response's end
     groups = torch.tensor([t.group for t in candidates])
-    return trajectory_ib_score(gain, entropy, torch.ones(1), groups, config.beta)
+    return trajectory_ib_score(gain, entropy, torch.ones_like(entropy), groups, config.beta)
 
 def explore(model, tokenizer, latents, problems, config):
     """Stages 1 and 2 on a batch of problems: (all candidates, those kept).
@@ -518,9 +521,7 @@ def update(model, optimizer, batch, config):
             log_weights += [w for w, t in zip(log_weight, micro) if t.start > 0]
         if tokens > 0:
             norm = take_step(model, optimizer, config)
-    total = Counter()
-    for part in gather([stats]):
-        total.update(part)
+    total = pandas.DataFrame(gather([stats])).sum().to_dict()  # over processes
     weights = torch.tensor(gather(log_weights) or [0.0]).softmax(0)
     effective = 1 / weights.square().sum().item()  # sample size of the branches, by their weights
     return {**total, "grad_norm": norm, "branch_ess": effective / len(weights)}
@@ -570,7 +571,7 @@ def prepare(model, config):
     torch.manual_seed(config.seed)
     if config.method != "iiblpo" or config.branch_mode == "random":
         return torch.nn.ModuleList()
-    norm = getattr(getattr(model.base_model, "layers", [None])[0], "input_layernorm", None)
+    norm = dict(model.base_model.named_modules()).get("layers.0.input_layernorm")
     if not hasattr(norm, "variance_epsilon"):
         fail(f"latents need layers with RMSNorm (as of Qwen2, Qwen3 or Llama), which "
              f"{type(model).__name__} has not; --branch_mode random and baselines take it")
@@ -603,8 +604,8 @@ def train_latents(model, tokenizer, latents, problems, config):
         optimizer.step()
         optimizer.zero_grad()
     model.requires_grad_(True)
-    for weight in latents.parameters():
-        if WORLD > 1:
+    if WORLD > 1:
+        for weight in latents.parameters():
             torch.distributed.broadcast(weight.data, 0)  # the first process's for all
     with torch.no_grad():
         bare, _, mask = token_logps(model, batch)
@@ -665,7 +666,8 @@ def baseline_rollouts(model, tokenizer, shuffled, config):
         candidates += new
         waiting = waiting[missing:]
         found = {(t.group, t.reward) for t in candidates}  # a problem of both is there twice
-        missing = wanted - (len(found) - len({t.group for t in candidates}))
+        mixed = len(found) - len({t.group for t in candidates})
+        missing = wanted - mixed
     return candidates, [t for t in candidates if t.complete or not dapo]
 
 def show(config):
@@ -745,9 +747,6 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOGITS = 2 ** 25  # logits held at a time
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}
-MAY_BE_0 = ["max_tokens", "seed", "rollouts", "eval_every", "psa_layers", "psa_decay_steps",
-            "cvae_refresh", "keep"]
-SHARES = ["habit", "top_frac", "clip_low"]
 autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
 
@@ -822,7 +821,7 @@ def take_step(model, optimizer, config):
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if not math.isfinite(norm):
-        fail("the gradient is not finite, and is again with --resume: begin anew with a lower --lr")
+        fail("the gradient is not finite, with --resume neither: begin anew with a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -971,7 +970,7 @@ def chain_questions(rng, operands, heldout, n):
             found[question + "="] = True
         if len(found) == n:
             return list(found)
-    fail(f"there are not {n} problems with {operands} --operands, only {len(found)}")
+    fail(f"there are not {n} problems with --operands {operands}, only {len(found)}")
 
 def tiny_tokenizer():
     """One token a character, as an ordinary fast tokenizer."""
@@ -1029,8 +1028,6 @@ def judge(trajectories, config):
             t.reward = float(verify(answer, t.gold))
 
 MAX_LENGTH = 300  # a longer answer is wrong, one beyond the other limits is compared as text [O]
-LARGEST = 10 ** 80
-MAX_POWER = 100
 DIGITS = 400
 UNIT = (r"%|(?: m|[ckm]m|kg|ft|feet|inch|hour|day|month|dollar|degree|people)(?:\^[23])?|(?<=[ })])"
         r"(?!(?:time|equal|pair|halve|third|quarter|two|three|four|five|sixe|seven|eight|nine|ten|"
@@ -1087,9 +1084,9 @@ def value_of(node):
                 case ast.Sub(): number = a - b
                 case ast.Mult(): number = a * b
                 case ast.Div() if b: number = a / b
-                case ast.Pow() if 1 / MAX_POWER < abs(b) <= MAX_POWER:  # others come too near to 1
+                case ast.Pow() if 0.01 < abs(b) <= 100:  # others are huge, or too near to 1
                     number = a ** b  # a root of a < 0: complex, so no Float
-    if number.is_zero or number.is_Float and 1 / LARGEST < abs(number) < LARGEST:
+    if number.is_zero or number.is_Float and 1e-80 < abs(number) < 1e80:
         return number
     raise ValueError("not a real number of bounded size")
 
@@ -1119,9 +1116,9 @@ def verify(answer, gold):
     (left, unit), (right, gold_unit) = read(answer), read(gold)
     if not left or unit and gold_unit and unit != gold_unit:
         return False
-    if left == right or unit + gold_unit != "%":
-        return left == right
-    return verify(answer.replace("%", "/100"), gold.replace("%", "/100"))  # 50% is 50/100
+    if left != right and unit + gold_unit == "%":  # only one says %: 50% is 50/100
+        return verify(answer.replace("%", "/100"), gold.replace("%", "/100"))
+    return left == right
 
 def pass_at_k(n, c, k):
     """Unbiased pass@k of n samples, c of them right: 1 - C(n-c, k) / C(n, k). [arXiv 2107.03374]"""
@@ -1205,8 +1202,8 @@ def parse_config(script, argv):
     config = parser.parse_args(argv, Config())
     for name, value in asdict(config).items():
         for x in value if isinstance(value, list) else [value]:
-            low = 1 if type(x) is int and name not in MAY_BE_0 else 0
-            high = 1 if name in SHARES else 10 ** 12
+            low = 1 if type(x) is int and name not in Config.MAY_BE_0 else 0
+            high = 1 if name in Config.SHARES else 10 ** 12
             if type(x) in (int, float) and not low <= x <= high:  # nan is not, either
                 fail(f"{name} must be from {low} to {high}, not {x}")
     if "{question}" not in config.prompt:
@@ -1226,14 +1223,14 @@ def save_atomically(path, *writers):
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(".tmp", dir=path.parent) as temporary:
+        with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as temporary:
             new = Path(temporary, path.name)
             for write in writers:
                 write(new)
             if path.is_dir():
                 path.replace(Path(temporary, "old"))  # it goes when `temporary` does
             new.replace(path)
-    except (OSError, RuntimeError) as e:  # torch and safetensors have their own errors
+    except Exception as e:  # torch and safetensors have their own
         fail(f"cannot write {path}: {e}")
 
 def save_lines(path, rows):
@@ -1276,7 +1273,7 @@ def train(config):
     pairs = load_problems(config)
     model, tokenizer = load_policy(config)
     problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
-    extra = prepare(model, config)
+    extra = prepare(model, config)  # latents or a reference
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     parts = {"model": model, "optimizer": optimizer, "extra": extra}
     if (folder / "state.pt").exists():
@@ -1322,7 +1319,8 @@ def print_table(folder, summary):
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print("\nto compare: the same with --method grpo, then this command with --resume")
+        print(f"\nto compare: the same with --method grpo --out {grpo.parent}, "
+              "then this command with --resume")
     print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
 
 def main(argv=None):
@@ -1336,7 +1334,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")
     if config.show:
         return show(config)
-    if getattr(config, "probe_heads", False):
+    if config.probe_heads:
         return probe_heads(config)
     return train(config)
 

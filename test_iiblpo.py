@@ -41,7 +41,7 @@ import iiblpo as m
 HERE = Path(__file__).parent
 KINDS = ["Qwen2", "Qwen3", "Llama"]
 # lines, bytes and the longest method; aimed at: 1,100, 52,000 and 900, 43,000
-BUDGET = {"columns": 100, "function_lines": 40, "iiblpo.py": (1353, 70_720, 430), "ib_tpo.py": (1104, 56_290, 330)}
+BUDGET = {"columns": 100, "function_lines": 40, "iiblpo.py": (1351, 70_720, 430), "ib_tpo.py": (1099, 56_250, 330)}
 each = pytest.mark.parametrize
 SCRIPTS = ("iiblpo.py", "ib_tpo.py")
 benchmark = pytest.mark.benchmark
@@ -171,7 +171,7 @@ def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
     ("--max_new_tokens 9999", "too many for the model"), ("--top_frac 1.1", "top_frac"),
     ("--operands 2 3 --eval_prompts 900", "there are not 900"), ("--dataset none.jsonl", "none.jsonl"),
     ("--model tiny --dataset d.jsonl", "needs a --model"), ("--model no/such", "the model no/such"),
-    ("--lr x", "'x'"), ("--rollouts 0", "above 0"), ("--config no.yml", "no.yml"), ("--out /proc/x/y", "cannot write")])
+    ("--lr x", "'x'"), ("--rollouts 0", "rollouts must be from 1"), ("--config no.yml", "no.yml"), ("--out /proc/x/y", "cannot write")])
 def test_a_mistake_is_one_line_before_any_work(folder, capsys, flags, message):
     before = set(Path().rglob("*"))
     assert message in refused(capsys, *QUICK, *flags.split())
@@ -853,6 +853,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(rewarded, capsys)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # no file may grow beyond
         try:
             assert "cannot write run/" in refused(capsys, *QUICK, *flags, "--resume")
+            with pytest.raises(SystemExit):
+                m.save_atomically(Path("run/model"), small_model().save_pretrained)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         assert before == {p: Path(p).read_bytes() for p in before} and not list(Path().rglob("*.tmp"))
@@ -899,7 +901,7 @@ def test_the_table_shows_what_grpo_got_with_the_same_settings(folder, capsys):
         run("--max_steps", 1, *flags)
         return capsys.readouterr().out
 
-    assert "to compare: the same with --method grpo" in printed("--out", "runs/alone")
+    assert "to compare: the same with --method grpo --out runs/grpo-0, then" in printed("--out", "runs/alone")
     assert "GRPO's" not in printed("--method", "grpo") and "GRPO's" in printed()
     for i, flags in enumerate((("--eval_prompts", 5), ("--seed", 1), ("--habit", 0), ("--warm_steps", 9))):
         assert "GRPO's" not in printed("--out", f"runs/{i}", *flags)
@@ -1281,6 +1283,7 @@ def test_what_stands_in_both_scripts_is_in_the_same_words():
             names = [getattr(node, "name", "")] + [getattr(t, "id", "") for t in getattr(node, "targets", [])]
             begin = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
             found |= {name: text.splitlines()[begin - 1:node.end_lineno] for name in names}
+    ours["main"] = [line for line in ours["main"] if "probe_heads" not in line]  # iiblpo.py's own
     both = set(ours) & set(theirs) - {"", "Config", "prepare", "training_step", "show"}
     assert [name for name in both if ours[name] != theirs[name]] == []
     assert len(both) >= 40 and sum(len(ours[x]) for x in both if "def " in "".join(ours[x][:2])) <= 548
@@ -1576,8 +1579,9 @@ def test_the_snippets_of_the_readme_run(folder, monkeypatch):
         pytest.importorskip(module)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     start(m, *QUICK, "--method", "grpo", "--max_steps", 2, "--eval_every", 1, "--out", "runs/run")
+    Path("runs/plot").mkdir()
     for name in METHODS:
-        Path(f"runs/{name}-0").symlink_to("run")
+        Path(f"runs/plot/{name}").symlink_to("../run")
     for snippet in SNIPPETS:
         exec(snippet, {"__name__": "__main__"})
     assert "samples.jsonl" in "".join(SNIPPETS)
