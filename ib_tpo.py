@@ -43,6 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under masks [pytorch#196678]
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
@@ -89,7 +90,7 @@ class Config:
     advantage: Literal["gl+ib", "gl", "ib", "grpo"] = setting("gl+ib", "A_GL + lam A_IB, or less")
     lam: float = setting(0.1, "lambda: weight of A_IB")
     lr: float = setting(1e-6, "AdamW's learning rate")
-    updates_per_step: int = setting(1, "steps a batch; at 1 no ratio is clipped")
+    updates_per_step: int = setting(1, "steps a batch; at 1 hardly a ratio is clipped")
     clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
     clip_high: float = setting(0.2, "... 1 + clip_high]")
     kl: float = setting(0.001, "weight of the k3 KL to the frozen starting policy")
@@ -452,8 +453,8 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
 def prepare(model, config):
     """The reference policy of the KL, or nothing without one."""
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        fail(f"packed trees need full attention in every layer; {type(model).__name__} has {kinds}")
+    if kinds != {"full_attention"} or getattr(model.config, "sliding_window", None):
+        fail(f"packed trees need full attention; {type(model).__name__} has a window or {kinds}")
     if config.kl == 0:
         return torch.nn.ModuleList()
     return copy.deepcopy(model).requires_grad_(False)
@@ -619,6 +620,7 @@ def load_problems(config):
     try:
         if name in HUB:
             tables = datasets.load_dataset(*HUB[name])
+            tables["test"] = tables["test"].shuffle(seed=0)  # MATH's is sorted by subject
         else:
             kind = Path(name).suffix[1:].replace("jsonl", "json")
             rows = datasets.load_dataset(kind, data_files=name, split="train")
@@ -656,7 +658,8 @@ def encode(pairs, model, tokenizer, config):
         text = config.prompt.replace("{question}", question)
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False,
+                                                enable_thinking=False)  # Qwen3's take long
         else:
             ids = tokenizer(text).input_ids
         problems.append(Trajectory(ids, question, gold))
@@ -1069,8 +1072,7 @@ def print_table(folder, summary):
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print(f"\nto compare: the same with --method grpo --out {grpo.parent}, "
-              "then this command with --resume")
+        print(f"\nto compare: this with --method grpo --out {grpo.parent}, then this with --resume")
     print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
 
 def main(argv=None):

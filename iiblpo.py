@@ -44,6 +44,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under masks [pytorch#196678]
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
@@ -443,8 +444,7 @@ def explore(model, tokenizer, latents, problems, config):
 #   [GRPO, O]     A = n/k (R - mean) / (std + 1e-4)
 #   [O]           r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)
 #   [GRPO, O, C]  L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)
-# mean, std: of all candidates of a prompt; n of them have reward R, k of these are kept
-# (baselines: n/k = 1).
+# mean, std: of all candidates of a prompt; n of them have reward R, k of these are kept.
 # r_t: the bare policy over the one that sampled, so that what latents find goes into the policy.
 
 def group_advantages(rewards, groups, eps=1e-4):
@@ -880,6 +880,7 @@ def load_problems(config):
     try:
         if name in HUB:
             tables = datasets.load_dataset(*HUB[name])
+            tables["test"] = tables["test"].shuffle(seed=0)  # MATH's is sorted by subject
         else:
             kind = Path(name).suffix[1:].replace("jsonl", "json")
             rows = datasets.load_dataset(kind, data_files=name, split="train")
@@ -917,7 +918,8 @@ def encode(pairs, model, tokenizer, config):
         text = config.prompt.replace("{question}", question)
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False,
+                                                enable_thinking=False)  # Qwen3's take long
         else:
             ids = tokenizer(text).input_ids
         problems.append(Trajectory(ids, question, gold))
@@ -1319,8 +1321,7 @@ def print_table(folder, summary):
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print(f"\nto compare: the same with --method grpo --out {grpo.parent}, "
-              "then this command with --resume")
+        print(f"\nto compare: this with --method grpo --out {grpo.parent}, then this with --resume")
     print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
 
 def main(argv=None):

@@ -41,7 +41,7 @@ import iiblpo as m
 HERE = Path(__file__).parent
 KINDS = ["Qwen2", "Qwen3", "Llama"]
 # lines, bytes and the longest method; aimed at: 1,100, 52,000 and 900, 43,000
-BUDGET = {"columns": 100, "function_lines": 40, "iiblpo.py": (1351, 70_720, 430), "ib_tpo.py": (1099, 56_250, 330)}
+BUDGET = {"columns": 100, "function_lines": 40, "iiblpo.py": (1352, 70_940, 430), "ib_tpo.py": (1101, 56_530, 330)}
 each = pytest.mark.parametrize
 SCRIPTS = ("iiblpo.py", "ib_tpo.py")
 benchmark = pytest.mark.benchmark
@@ -267,6 +267,21 @@ def test_local_files_of_each_kind(folder):
     write_lines(ROWS[:8] + ROWS[:6])  # half is held out at most, and no question is on both sides
     train, heldout = m.load_problems(config("--model", "x", "--dataset", "d.jsonl"))
     assert len(heldout) == 7 and [q for q, _ in train] == ["What is 6+6?"]
+
+def test_names_of_the_hub(monkeypatch, capsys):
+    def load(*names):
+        sides = {side: [{"problem": f"{side} {i}", "solution": f"\\boxed{{{i}}}"} for i in range(600)]
+                 for side in ("train", "test")}
+        return datasets.DatasetDict({side: datasets.Dataset.from_list(sides[side]) for side in sides}) if names in (
+            ("openai/gsm8k", "main"), ("DigitalLearningGmbH/MATH-lighteval",)) else None
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for name in ("gsm8k", "math"):
+        train, heldout = m.load_problems(config("--model", "x", "--dataset", name))
+        assert train == [(f"train {i}", str(i)) for i in range(600)]
+        assert all(question == f"test {gold}" for question, gold in heldout) and len({*heldout}) == 256
+        assert max(int(gold) for _, gold in heldout) > 500  # not the first ones: they may be of one subject
+    assert "cannot load the model Qwen/Qwen2.5-0.5B" in refused(capsys, "--model", "Qwen2.5-0.5B", "--out", "x")
 
 @each("rows, message", [
     ([], "cannot load the dataset"), ([{"q": "a", "answer": "b"}] * 9, "needs in each row a question"),
@@ -901,7 +916,7 @@ def test_the_table_shows_what_grpo_got_with_the_same_settings(folder, capsys):
         run("--max_steps", 1, *flags)
         return capsys.readouterr().out
 
-    assert "to compare: the same with --method grpo --out runs/grpo-0, then" in printed("--out", "runs/alone")
+    assert "to compare: this with --method grpo --out runs/grpo-0, then" in printed("--out", "runs/alone")
     assert "GRPO's" not in printed("--method", "grpo") and "GRPO's" in printed()
     for i, flags in enumerate((("--eval_prompts", 5), ("--seed", 1), ("--habit", 0), ("--warm_steps", 9))):
         assert "GRPO's" not in printed("--out", f"runs/{i}", *flags)
@@ -919,7 +934,8 @@ def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     prompt = config("--model", "x").prompt
     tokenizer = bpe_tokenizer([r["question"] + r["answer"] + prompt for r in ROWS])
-    tokenizer.chat_template = "<s>{% for x in messages %}<|user|>{{ x.content }}<|end|>{% endfor %}"
+    tokenizer.chat_template = ("<s>{% for x in messages %}<|user|>{{ x.content }}<|end|>{% endfor %}"
+                               "{% if add_generation_prompt and enable_thinking is not false %}...{% endif %}")
     tokenizer.save_pretrained("chat")
     model = small_model("Llama", vocab_size=len(tokenizer), bos_token_id=0, pad_token_id=None)
     model.generation_config = transformers.GenerationConfig(eos_token_id=[1, 2], top_k=1, do_sample=True)
@@ -955,6 +971,7 @@ def test_other_architectures_are_for_the_baselines_only(folder, capsys):
         model.save_pretrained("policy")
         assert type(model).__name__ in refused(capsys, *QUICK, "--out", "run") and not Path("run").exists()
     assert "GPT2LMHeadModel" in refused(capsys, *QUICK, "--probe_heads")
+    assert "needs 4 problems" in refused(capsys, *QUICK, "--probe_heads", "--eval_prompts", 3)
     for flags in (["--method", "grpo"], ["--branch_mode", "random"]):
         assert run(*flags, "--max_steps", 1, "--out", flags[1])["after"]["length"] > 0
 
@@ -1506,8 +1523,10 @@ def test_mistakes_with_trees_are_one_line(folder, capsys):
     for flags in (["--tree", 4, 9, 1], ["--delimiter", ""]):
         assert "tree must be four numbers" in refused(capsys, *TREES, *flags, script=tpo)
     assert not Path("runs").exists()
-    small_model(use_sliding_window=True, sliding_window=4, max_window_layers=0).save_pretrained("policy")
-    assert "sliding_attention" in refused(capsys, *TREES, script=tpo)  # the mask of a tree would not be minded
+    windows = small_model(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    for model in (windows, small_model("Mistral", sliding_window=4)):  # they would not mind the mask of a tree
+        model.save_pretrained("policy")
+        assert "need full attention" in refused(capsys, *TREES, script=tpo)
 
 def test_show_prints_a_tree_a_line_a_node(folder, capsys):
     start(tpo, *TREES, "--max_steps", 1, "--out", "run")
