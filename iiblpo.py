@@ -919,7 +919,7 @@ def encode(pairs, model, tokenizer, config):
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False,
-                                                enable_thinking=False)  # Qwen3's take long
+                                                enable_thinking=False)  # Qwen3's are long
         else:
             ids = tokenizer(text).input_ids
         problems.append(Trajectory(ids, question, gold))

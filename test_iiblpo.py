@@ -981,6 +981,9 @@ def test_the_rows_of_the_logits_are_the_output_layer_s():
     model.config = None  # Gemma 3's holds no vocab_size
     assert torch.equal(m.score(model, states, tensor([4, 5, 6])), found)
 
+def test_attention_is_never_cudnn_s():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # NaN gradients on an H100: pytorch#196678
+
 # ---- difficulty-sensitive heads
 
 @each("kind", KINDS)
