@@ -101,7 +101,7 @@ class Config:
     eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
     eval_every: int = setting(0, "steps between further evaluations; 0: before and after only")
 
-    MAY_BE_0 = ["max_tokens", "seed", "eval_every", "rollouts"]  # no other integer
+    MAY_BE_0 = ["max_tokens", "seed", "eval_every", "rollouts"]  # other integers may not
     SHARES = ["habit", "clip_low"]  # 1 at most
 
     def check(self):
@@ -217,7 +217,7 @@ def grow(model, tokenizer, problems, config, rng):
     All trees grow in one `sample` a round, from prompt and prefix, which is prefilled again.
     """
     B0, L, K, B = config.tree
-    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # once: B₀ rollouts
+    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # by B₀ rollouts
     if config.sampler == "independent":  # a single round
         B0, L = config.rollouts or B0 + (L - 1) * K * B, 1
     trajectories, begun = [], problems * B0
@@ -418,7 +418,7 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
             stats["tokens_unique"] += (weights > 0).sum().item()
         if tokens > 0:
             norm = take_step(model, optimizer, config)
-    total = pandas.DataFrame(gather([stats])).sum().to_dict()  # over processes
+    total = pandas.DataFrame(gather([stats])).sum().to_dict()
     return {**total, "grad_norm": norm}
 
 # ==== The training step
@@ -561,7 +561,7 @@ def take_step(model, optimizer, config):
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if not math.isfinite(norm):
-        fail("the gradient is not finite, with --resume neither: begin anew with a lower --lr")
+        fail("the gradient is not finite, --resume will not help: begin anew with a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -659,7 +659,7 @@ def encode(pairs, model, tokenizer, config):
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False,
-                                                enable_thinking=False)  # Qwen3's are long
+                                                enable_thinking=False)  # Qwen3's thoughts are long
         else:
             ids = tokenizer(text).input_ids
         problems.append(Trajectory(ids, question, gold))
@@ -780,7 +780,7 @@ def judge(trajectories, config):
         else:
             t.reward = float(verify(answer, t.gold))
 
-MAX_LENGTH = 300  # a longer answer is wrong, one beyond the other limits is compared as text [O]
+MAX_LENGTH = 300  # a longer answer is wrong, one beyond value_of's limits is compared as text [O]
 DIGITS = 400
 UNIT = (r"%|(?: m|[ckm]m|kg|ft|feet|inch|hour|day|month|dollar|degree|people)(?:\^[23])?|(?<=[ })])"
         r"(?!(?:time|equal|pair|halve|third|quarter|two|three|four|five|sixe|seven|eight|nine|ten|"
@@ -839,7 +839,7 @@ def value_of(node):
                 case ast.Div() if b: number = a / b
                 case ast.Pow() if 0.01 < abs(b) <= 100:  # others are huge, or too near to 1
                     number = a ** b  # a root of a < 0: complex, so no Float
-    if number.is_zero or number.is_Float and 1e-80 < abs(number) < 1e80:
+    if number.is_zero or number.is_Float and 1e-80 < abs(number) < 10 ** 80:
         return number
     raise ValueError("not a real number of bounded size")
 
@@ -983,7 +983,7 @@ def save_atomically(path, *writers):
             if path.is_dir():
                 path.replace(Path(temporary, "old"))  # it goes when `temporary` does
             new.replace(path)
-    except Exception as e:  # torch and safetensors have their own
+    except Exception as e:  # whatever a disk or a library raises
         fail(f"cannot write {path}: {e}")
 
 def save_lines(path, rows):

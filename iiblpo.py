@@ -113,7 +113,7 @@ class Config:
     eval_every: int = setting(0, "steps between further evaluations; 0: before and after only")
 
     MAY_BE_0 = ["max_tokens", "seed", "eval_every", "psa_layers", "psa_decay_steps",
-                "cvae_refresh", "keep"]  # no other integer
+                "cvae_refresh", "keep"]  # other integers may not
     SHARES = ["habit", "top_frac", "clip_low"]  # 1 at most
 
     def check(self):
@@ -521,7 +521,7 @@ def update(model, optimizer, batch, config):
             log_weights += [w for w, t in zip(log_weight, micro) if t.start > 0]
         if tokens > 0:
             norm = take_step(model, optimizer, config)
-    total = pandas.DataFrame(gather([stats])).sum().to_dict()  # over processes
+    total = pandas.DataFrame(gather([stats])).sum().to_dict()
     weights = torch.tensor(gather(log_weights) or [0.0]).softmax(0)
     effective = 1 / weights.square().sum().item()  # sample size of the branches, by their weights
     return {**total, "grad_norm": norm, "branch_ess": effective / len(weights)}
@@ -821,7 +821,7 @@ def take_step(model, optimizer, config):
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if not math.isfinite(norm):
-        fail("the gradient is not finite, with --resume neither: begin anew with a lower --lr")
+        fail("the gradient is not finite, --resume will not help: begin anew with a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -919,7 +919,7 @@ def encode(pairs, model, tokenizer, config):
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False,
-                                                enable_thinking=False)  # Qwen3's are long
+                                                enable_thinking=False)  # Qwen3's thoughts are long
         else:
             ids = tokenizer(text).input_ids
         problems.append(Trajectory(ids, question, gold))
@@ -1029,7 +1029,7 @@ def judge(trajectories, config):
         else:
             t.reward = float(verify(answer, t.gold))
 
-MAX_LENGTH = 300  # a longer answer is wrong, one beyond the other limits is compared as text [O]
+MAX_LENGTH = 300  # a longer answer is wrong, one beyond value_of's limits is compared as text [O]
 DIGITS = 400
 UNIT = (r"%|(?: m|[ckm]m|kg|ft|feet|inch|hour|day|month|dollar|degree|people)(?:\^[23])?|(?<=[ })])"
         r"(?!(?:time|equal|pair|halve|third|quarter|two|three|four|five|sixe|seven|eight|nine|ten|"
@@ -1088,7 +1088,7 @@ def value_of(node):
                 case ast.Div() if b: number = a / b
                 case ast.Pow() if 0.01 < abs(b) <= 100:  # others are huge, or too near to 1
                     number = a ** b  # a root of a < 0: complex, so no Float
-    if number.is_zero or number.is_Float and 1e-80 < abs(number) < 1e80:
+    if number.is_zero or number.is_Float and 1e-80 < abs(number) < 10 ** 80:
         return number
     raise ValueError("not a real number of bounded size")
 
@@ -1232,7 +1232,7 @@ def save_atomically(path, *writers):
             if path.is_dir():
                 path.replace(Path(temporary, "old"))  # it goes when `temporary` does
             new.replace(path)
-    except Exception as e:  # torch and safetensors have their own
+    except Exception as e:  # whatever a disk or a library raises
         fail(f"cannot write {path}: {e}")
 
 def save_lines(path, rows):

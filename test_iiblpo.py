@@ -269,13 +269,13 @@ def test_local_files_of_each_kind(folder):
     assert len(heldout) == 7 and [q for q, _ in train] == ["What is 6+6?"]
 
 def test_names_of_the_hub(monkeypatch, capsys):
-    def load(*names):
-        sides = {side: [{"problem": f"{side} {i}", "solution": f"\\boxed{{{i}}}"} for i in range(600)]
-                 for side in ("train", "test")}
-        return datasets.DatasetDict({side: datasets.Dataset.from_list(sides[side]) for side in sides}) if names in (
-            ("openai/gsm8k", "main"), ("DigitalLearningGmbH/MATH-lighteval",)) else None
+    def side(name):
+        rows = [{"problem": f"{name} {i}", "solution": f"\\boxed{{{i}}}"} for i in range(600)]
+        return datasets.Dataset.from_list(rows)
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    hub = {names: datasets.DatasetDict(train=side("train"), test=side("test"))
+           for names in [("openai/gsm8k", "main"), ("DigitalLearningGmbH/MATH-lighteval",)]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: hub[names])
     for name in ("gsm8k", "math"):
         train, heldout = m.load_problems(config("--model", "x", "--dataset", name))
         assert train == [(f"train {i}", str(i)) for i in range(600)]
