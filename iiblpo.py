@@ -208,9 +208,10 @@ class LatentCVAE(torch.nn.Module):
 class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
-    Attached to `model` for good, it acts within `steer`. The slot stands at RoPE position 0, where
-    rotation does nothing. A row's latent is `born` in the column whose state produces o_t*, and
-    seen by columns of age = column - born >= 0. It takes attention at any γ > 0 and is gone at 0.
+    The hooks stay on `model` but do nothing outside a `with psa.steer(...)` block. The slot stands
+    at RoPE position 0, where rotation does nothing. A row's latent is `born` in the column whose
+    state produces o_t*, and seen by columns of age = column - born >= 0. It takes attention at any
+    γ > 0 and is gone at 0.
     """
 
     def __init__(self, model, config):
@@ -227,7 +228,7 @@ class PseudoSelfAttention(torch.nn.Module):
         self.gamma, self.halflife = config.psa_gamma, config.psa_halflife or math.inf
         self.steering = False
         model.set_attn_implementation("psa")
-        model.base_model.register_forward_pre_hook(self.note_age, with_kwargs=True)
+        model.get_input_embeddings().register_forward_hook(self.count_columns)
         for i, layer in enumerate(layers):
             layer.self_attn.psa = (self, i)  # in a tuple, so that it is no part of the policy
             layer.input_layernorm.register_forward_hook(functools.partial(self.modulate, i))
@@ -243,19 +244,23 @@ class PseudoSelfAttention(torch.nn.Module):
         self.values = self.to_value(z).view(len(z), *self.shape)
         self.changes = self.to_norm(z).view(len(z), self.shape[0], 1, -1)
         self.born = born[:, None]
+        self.columns = 0  # that the model has run since the block began
         self.steering = self.gamma > 0
         try:
             yield
         finally:
             self.steering = False
 
-    def note_age(self, model, args, kwargs):
-        """Before the model runs: the ages [B, Q] of the columns that it runs, behind its cache."""
+    def count_columns(self, embedding, args, output):
+        """Before the layers run: the ages [B, Q] of the Q columns whose tokens are embedded.
+
+        `generate` runs a prompt's columns first, and then one column per call. Counting them needs
+        no argument of the model, whose names change between releases of transformers.
+        """
         if self.steering:
-            cache = kwargs.get("past_key_values")
-            first = cache.get_seq_length() if cache is not None else 0
-            columns = torch.arange(kwargs["input_ids"].shape[1], device=DEVICE)
-            self.age = first + columns - self.born
+            Q = output.shape[1]
+            self.age = torch.arange(self.columns, self.columns + Q, device=DEVICE) - self.born
+            self.columns += Q
 
     def modulate(self, i, norm, args, output):
         """After layer i's input norm: w x̂ + δ x̂ = (w + δ) x̂, δ = γ W_N z, which may fade. [P]"""
