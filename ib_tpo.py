@@ -28,7 +28,7 @@ import tempfile
 import time
 import types
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -96,7 +96,8 @@ class Config:
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer")
     # update
-    advantage: Literal["gl+ib", "gl", "ib", "grpo"] = setting("gl+ib", "A_GL + lam A_IB, or less")
+    advantage: Literal["gl+ib", "gl", "ib", "grpo", "treerl"] = setting(
+        "gl+ib", "A_GL + lam A_IB, or one of both; or a baseline's")
     lam: float = setting(0.1, "lambda: weight of A_IB")
     lr: float = setting(1e-6, "AdamW's learning rate")
     updates_per_step: int = setting(1, "steps a batch; at 1 hardly a ratio is clipped")
@@ -156,6 +157,7 @@ class Node:
     parent: "Node" = None
     children: list["Node"] = field(default_factory=list)
     visits: int = 0  # trajectories through this step
+    drawn: int = 0  # those that drew it themselves, because their prefix ended before it
     total_reward: float = 0.0  # of these, each 0 or 1
     end: int = 0  # response tokens from q to the end of this step
     branched: int = 0  # how often it was branched from
@@ -200,10 +202,12 @@ def split_steps(token_ids, tokenizer, delimiter):
         text += texts[token]
     return steps
 
-def insert(root, steps, step_logps, reward, step_entropy=None):
-    """Add a trajectory (its steps, their [T] log-probs, its reward 0 or 1); returns its leaf.
+def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
+    """Add a trajectory (its steps, their [T] log-probs, its reward 0 or 1); return its leaf.
 
-    Steps that the tree has already are visited once more: their estimates are pooled [O].
+    Steps that the tree has already are visited once more, so that their estimates are pooled [O].
+    The trajectory drew the steps that begin at token `start` or later. Those before it are the
+    prefix from which it went on.
     """
     path = [root]
     for i, tokens in enumerate(steps):
@@ -215,6 +219,8 @@ def insert(root, steps, step_logps, reward, step_entropy=None):
             if step_entropy is not None:
                 child.entropy = step_entropy[i]
             parent.children.append(child)
+        if child.end - len(tokens) >= start:
+            child.drawn += 1
         path.append(child)
     for node in path:
         node.visits += 1
@@ -244,7 +250,7 @@ def grow(model, tokenizer, problems, config, rng):
             steps = split_steps(t.response, tokenizer, config.delimiter)
             lengths = [len(step) for step in steps]
             logps, entropy = t.logps.split(lengths), t.entropy.split(lengths)
-            insert(roots[t.group], steps, logps, t.reward, entropy)
+            insert(roots[t.group], steps, logps, t.reward, entropy, t.start)
         trajectories += new
     return roots, trajectories
 
@@ -272,18 +278,22 @@ def information_gain(node, beta):
     return ratio - (1 + 1 / beta)
 
 def ib_score(node, beta):
-    """J_IB of a node with children. A child counts with all its visits [O], also those of
-    trajectories that were branched from further down.
+    """Return J_IB of a node with children.
+
+    A child counts as often as it was drawn at this node. A trajectory that went on from further
+    down visits the child, too, but it is no draw of the policy at this node.
     """
-    B = sum(s.visits for s in node.children)
-    return (1 + beta) / B * sum(s.visits * information_gain(s, beta) * s.confidence
-                                for s in node.children)
+    B = sum(s.drawn for s in node.children)
+    total = 0.0
+    for s in node.children:
+        total += s.drawn * information_gain(s, beta) * s.confidence
+    return (1 + beta) / B * total
 
 def ib_covariance(node, beta):
-    """Cov(η₁, η₂) over a node's sub-steps, by visits; under GRPO it falls to zero. [P]"""
-    visits = torch.tensor([s.visits for s in node.children])
+    """Return Cov(η₁, η₂) over the sub-steps drawn at a node; under GRPO it falls to zero. [P]"""
+    drawn = torch.tensor([s.drawn for s in node.children])
     eta = torch.tensor([[information_gain(s, beta), s.confidence] for s in node.children])
-    return torch.cov(eta.T, correction=0, fweights=visits)[0, 1].item()
+    return torch.cov(eta.T, correction=0, fweights=drawn)[0, 1].item()
 
 def select_nodes(root, k, sampler, config, rng):
     """The k nodes to branch from, which have children and room behind them; if fewer, they repeat.
@@ -308,19 +318,30 @@ def select_nodes(root, k, sampler, config, rng):
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s): at ratio 1,
 # A_GL on the tree is GRPO on its trajectories. New is where samples are taken, and λ A_IB. [O]
 
-def step_advantages(root, config):
-    """{step: A(s)} of a tree, by config.advantage. grpo: (R - mean)/(std + 1e-4), the mean over its
-    trajectories, which is A_GL but for the 1e-4.
+def step_advantage(step, root, config):
+    """Return A(s) of the kind that config.advantage names.
+
+    `grpo` is the mean of (R - mean) / (std + 1e-4) over the trajectories through the step, which is
+    A_GL but for the 1e-4. `treerl` is the advantage of TreeRL [arXiv 2506.11902].
     """
-    result = {}
-    std = math.sqrt(root.value * (1 - root.value))  # of rewards 0 and 1
-    for node in root.walk()[1:]:
-        global_local = (node.value - root.value) / max(std, 1e-9)
-        bottleneck = information_gain(node, config.beta) * node.confidence
-        kinds = {"gl+ib": global_local + config.lam * bottleneck, "gl": global_local,
-                 "ib": bottleneck, "grpo": (node.value - root.value) / (std + 1e-4)}
-        result[node] = kinds[config.advantage]
-    return result
+    from_root = step.value - root.value
+    std = math.sqrt(root.value * (1 - root.value))  # of the G rewards, because each is 0 or 1
+    if config.advantage == "treerl":
+        from_parent = step.value - step.parent.value
+        return (from_root + from_parent) / math.sqrt(step.visits)
+    if config.advantage == "grpo":
+        return from_root / (std + 1e-4)
+    from_bottleneck = information_gain(step, config.beta) * step.confidence  # A_IB
+    if config.advantage == "ib":
+        return from_bottleneck
+    from_root = from_root / max(std, 1e-9)  # A_GL
+    if config.advantage == "gl":
+        return from_root
+    return from_root + config.lam * from_bottleneck
+
+def step_advantages(root, config):
+    """Return {step: A(s)} of a tree."""
+    return {step: step_advantage(step, root, config) for step in root.walk()[1:]}
 
 # ==== Update on packed trees
 #   [P] L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over all G trajectories; r_t <= 3 [O]
@@ -395,20 +416,20 @@ def k3(logp, reference):
     return (reference - logp).exp() - 1 - (reference - logp)
 
 def update_on_trees(model, optimizer, roots, config, reference=None):
-    """`updates_per_step` optimizer steps on a list of trees; statistics, means over all tokens.
+    """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
 
-    Trees without advantage are skipped, in the mean too [O], unless a KL has a say.
-    Micro-batches, and processes, add up to the gradient of the whole batch.
+    The mean is over all tokens of the trees' trajectories, so that every method divides by the same
+    number. Trees without advantage count in it, but are run only for the KL: else their gradient
+    is 0. Micro-batches and processes add up to the gradient of the whole batch.
     """
-    packs = []
-    for root in roots:
-        advantages = step_advantages(root, config)
-        if any(advantages.values()) or config.kl > 0:
-            packs.append(pack_tree(root, advantages))
-    stats, norm = Counter(loss=0, tokens_trained=0, tokens_unique=0), 0.0
+    packs = [pack_tree(root, step_advantages(root, config)) for root in roots]
+    stats = Counter(loss=0, tokens_trained=0, tokens_unique=0)
+    norm = 0.0
     for i in range(config.updates_per_step):
         part = packs[i::config.updates_per_step]
         tokens = sum(gather([sum(pack["weights"].sum().item() for pack in part)]))
+        if config.kl == 0:
+            part = [pack for pack in part if pack["advantages"].any()]
         for rows in micro_batches([len(pack["input_ids"]) for pack in part], config.micro_tokens):
             micro = [part[row] for row in rows]
             logp, weights = tree_logps(model, micro)
@@ -422,13 +443,16 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
                 loss = loss + config.kl * found["kl"]
             share_of_tokens = weights.sum() / tokens
             (share_of_tokens * loss).backward()
-            for name, value in {"loss": loss, **found}.items():
-                stats[name] += (share_of_tokens * value).item() / config.updates_per_step
+            stats["loss"] += (share_of_tokens * loss).item() / config.updates_per_step
+            for name, value in found.items():
+                stats[name] += (weights.sum() * value).item()
             stats["tokens_trained"] += weights.sum().item()
             stats["tokens_unique"] += (weights > 0).sum().item()
-        if tokens > 0:
+        if sum(gather([len(part)])) > 0:
             norm = take_step(model, optimizer, config)
     total = pandas.DataFrame(gather([stats])).sum().to_dict()
+    for name in {"ratio", "clipped", "kl"} & set(total):
+        total[name] /= total["tokens_trained"]
     return {**total, "grad_norm": norm}
 
 # ==== The training step
@@ -793,8 +817,10 @@ def load_problems(config):
     """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
-        train = chain_questions(random.Random(config.seed), config.operands, False, 4096)
-        heldout = chain_questions(random.Random(-1), config.operands, True, n)
+        # seeds with names: random.Random(-1) would be Random(1), the stream of --seed 1
+        rng = random.Random(f"train {config.seed}")
+        train = chain_questions(rng, config.operands, False, 4096)
+        heldout = chain_questions(random.Random("held out"), config.operands, True, n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
     tables = load_tables(name)
     train = tables.get("train", next(iter(tables.values())))
@@ -913,10 +939,21 @@ def chain_value(question):
         expression = reduce_at(expression, max(1, expression.find("*")))
     return expression
 
-def is_sound(text, gold):
-    """Whether every line has the value `gold`: a wrong order may be right in the end, by luck."""
-    lines = text.split("\n")[:-1]
-    return all(re.fullmatch(r"[0-9]([-+*][0-9])*", x) and chain_value(x) == gold for x in lines)
+def is_sound(question, text):
+    """Return whether a right response is right by more than luck.
+
+    Each line must be one valid reduction of the line before, from the question to the answer. A
+    reduction is valid where it leaves the value as it was: of "3+4*2=", "3+8\\n1\\n#1" is sound,
+    and "7*2\\n4\\n#4" or "#1" alone are not.
+    """
+    expression = question.rstrip("=")
+    *lines, answer = text.split("\n")
+    for line in lines:
+        reductions = [reduce_at(expression, i) for i in range(1, len(expression), 2)]
+        if line not in reductions or chain_value(line) != chain_value(expression):
+            return False
+        expression = line
+    return answer == "#" + expression
 
 def demonstration(question, rng, habit):
     """A response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
@@ -951,17 +988,25 @@ def tiny_tokenizer():
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 def warm_start(config):
-    """The folder of a Qwen2 of 0.64 M parameters that has learnt demonstrations, made once."""
+    """Return the folder of a Qwen2 of 0.64 M parameters that has learnt demonstrations.
+
+    It is made once for each recipe, of which the folder's name has a checksum: of all settings that
+    go into it and of the shape of the model.
+    """
     low, high = config.operands
-    folder = Path(f"runs/warm_start-habit-{config.habit}-{low}-{high}-{config.warm_steps}")
+    shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True)
+    recipe = [config.habit, config.operands, config.warm_steps, config.prompt, shape]
+    checksum = zlib.crc32(json.dumps(recipe).encode())
+    folder = Path(f"runs/warm_start-habit-{config.habit}-{checksum:08x}")
     if RANK > 0 or folder.exists():
         return folder
     torch.manual_seed(0)
-    tokenizer, rng = tiny_tokenizer(), random.Random(0)
+    tokenizer = tiny_tokenizer()
+    rng = random.Random("warm start")
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(DEVICE)
+        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        **shape)).to(DEVICE)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
     muon = torch.optim.Muon(matrices, weight_decay=0.0)  # takes half the steps of AdamW here
@@ -1126,7 +1171,7 @@ def evaluate(model, tokenizer, problems, config, file=None):
         sums["distinct_correct"] += len(set(right))
         sums["length"] += own_tokens(batch) / k
         if config.dataset == "chain":
-            sound = [text for text in right if is_sound(text, batch[0].gold)]
+            sound = [text for text in right if is_sound(batch[0].question, text)]
             sums["sound@1"] += len(sound) / k
             sums["sound@k"] += pass_at_k(k, len(sound), k)
             sums["distinct_sound"] += len(set(sound))
@@ -1135,17 +1180,24 @@ def evaluate(model, tokenizer, problems, config, file=None):
                            "reward": t.reward} for t in sampled])
     return {name: value / len(problems) for name, value in sums.items()}
 
+def pass_rates(trajectories):
+    """Return {problem: the mean reward of its responses}."""
+    rewards = defaultdict(list)
+    for t in trajectories:
+        rewards[t.group].append(t.reward)
+    return {group: sum(found) / len(found) for group, found in rewards.items()}
+
 def rollout_metrics(trajectories):
     """What is logged of a step: shares of problems, means over responses or tokens, counts."""
     trajectories = gather(trajectories)
     tokens, count = own_tokens(trajectories), len(trajectories)
-    groups = {t.group for t in trajectories}
-    found = {(t.group, t.reward) for t in trajectories}  # a problem of both is there twice
+    rates = pass_rates(trajectories).values()
+    mixed = sum(0 < rate < 1 for rate in rates)  # problems with right and wrong responses
     right = {(t.group, t.text) for t in trajectories if t.reward}
     entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
-            "eff_rate": len(found) / len(groups) - 1, "distinct_correct": len(right) / len(groups),
-            "pass@k": len({group for group, _ in right}) / len(groups),
+            "eff_rate": mixed / len(rates), "distinct_correct": len(right) / len(rates),
+            "pass@k": sum(rate > 0 for rate in rates) / len(rates),
             "tokens_sampled": tokens, "trajectories": count}
 
 def fail(message):

@@ -27,7 +27,7 @@ import tempfile
 import time
 import types
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -95,15 +95,13 @@ class Config:
     branch_mode: Literal["psa", "random"] = setting("psa", "random: same places, no latents")
     top_frac: float = setting(0.05, "rho: share of tokens, by entropy, to branch at")
     psa_layers: int = setting(4, "how many of the last layers see the latent; 0: all")
-    psa_gamma: float = setting(1.0, "gamma: strength of the latent at the start")
-    psa_decay_steps: int = setting(200, "steps in which gamma falls to 0; 0: it stays")
-    psa_halflife: float = setting(0.0, "tokens that halve the norm's modulation; 0: it stays")
+    psa_gamma: float = setting(1.0, "gamma: strength of the latent")
+    psa_halflife: float = setting(8.0, "generated tokens that halve the change of the norms")
     z_dim: int = setting(128, "dimensions of the latent")
     cvae_pairs: int = setting(512, "most continuations that the latents learn from")
     cvae_steps: int = setting(200, "training steps of the latents")
-    cvae_refresh: int = setting(0, "train them again every so many steps; 0: frozen")
     # stage 2: information bottleneck
-    keep: int = setting(3, "N: branches kept of a prompt; 0: all")
+    keep: float = setting(0.75, "share of a prompt's branches of one reward that is kept")
     beta: float = setting(1.0, "beta: weight of the answer gain in S_IB")
     ib_rounds: int = setting(1, "times that stages 1 and 2 are gone through")
     kappa: float = setting(0.005, "kappa: weight of the IB self-reward")
@@ -121,9 +119,8 @@ class Config:
     eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
     eval_every: int = setting(0, "steps between further evaluations; 0: before and after only")
 
-    MAY_BE_0 = ["max_tokens", "seed", "eval_every", "psa_layers", "psa_decay_steps",
-                "cvae_refresh", "keep"]  # other integers may not
-    SHARES = ["habit", "top_frac", "clip_low"]  # 1 at most
+    MAY_BE_0 = ["max_tokens", "seed", "eval_every", "psa_layers"]  # other integers may not
+    SHARES = ["habit", "top_frac", "keep", "clip_low"]  # 1 at most
 
     def check(self):
         """What the method implies, and what else must hold."""
@@ -131,6 +128,8 @@ class Config:
             self.clip_high = max(0.28, self.clip_high)  # clip-higher
         if self.method == "iiblpo" and self.rollouts <= self.initial:
             fail("initial must be below rollouts: branches get the rest of them")
+        if self.psa_halflife == 0:
+            fail("psa_halflife must be above 0; 1e9 tokens are as good as no decay")
 
 
 @dataclass(eq=False)
@@ -147,6 +146,8 @@ class Trajectory:
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
+    is_branch: bool = False
+    score: float = 0.0  # S_IB
     advantage: float = 0.0
 
     def __len__(self):
@@ -167,18 +168,18 @@ def branch_positions(entropy, mask, top_frac, generator=None):
     """
     positions = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
-        candidates = mask[row].nonzero().squeeze(1)[1:]
-        if len(candidates) > 0:
-            size = max(1, int(top_frac * len(candidates) + 1e-9))  # 0.29 * 100 is 28.99...
-            omega = candidates[entropy[row, candidates].topk(size).indices]
-            positions[row] = omega[torch.randint(size, (1,), generator=generator)]
+        candidates = mask[row].nonzero().squeeze(1)
+        size = max(1, int(top_frac * len(candidates) + 1e-9))  # 0.29 * 100 is 28.99...
+        omega = candidates[entropy[row, candidates].topk(size).indices]
+        positions[row] = omega[torch.randint(size, (1,), generator=generator)]
     return positions
 
 def prefixes_to_branch(parents, config):
     """The prefix c = (q, o_<t*) of each response."""
     entropy = pad([t.entropy for t in parents], padding_value=-1)
     positions = branch_positions(entropy, entropy > -1, config.top_frac).tolist()
-    return [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], start=n)
+    return [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], start=n,
+                    is_branch=True)
             for t, n in zip(parents, positions)]
 
 class LatentCVAE(torch.nn.Module):
@@ -234,7 +235,8 @@ class PseudoSelfAttention(torch.nn.Module):
         self.to_norm = torch.nn.Linear(config.z_dim, width, bias=False)  # W_N
         for weight in self.parameters():
             torch.nn.init.normal_(weight, std=0.01)  # [C]
-        self.gamma, self.halflife = config.psa_gamma, config.psa_halflife or math.inf
+        self.gamma = config.psa_gamma
+        self.halflife = config.psa_halflife
         self.steering = False
         transformers.AttentionInterface.register("psa", psa_attention)
         transformers.AttentionMaskInterface.register("psa", visible_mask)
@@ -297,10 +299,6 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
         key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)
         value = torch.cat([psa.values[:, i].to(value.dtype), value], 2)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-def psa_gamma(step, config):
-    """γ at a training step: it falls linearly to 0. [P]"""
-    return config.psa_gamma * max(0.0, 1 - step / (config.psa_decay_steps or math.inf))
 
 def latent_loss(model, latents, batch, prefix, continuation, above):
     """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows; the KL only of
@@ -390,52 +388,67 @@ def answer_gain(model, tokenizer, trajectories, config):
         means[rows] = ((logp * mask).sum(1) / mask.sum(1)).cpu()
     return means[0::2] - means[1::2]  # with what the response says before, and without
 
-def trajectory_ib_score(answer_gain, entropy, mask, groups, beta):
-    """S_IB, [B]; answer_gain, groups: [B], entropy, mask: [B, T]."""
-    H = (entropy * mask).sum(1)
-    mean = torch.zeros(len(H))
-    for g in groups.unique():
-        mean[groups == g] = H[groups == g].mean()
-    return beta * answer_gain - H / mean.clamp(min=1e-9)
+def frequency_entropy(trajectories):
+    """Return h: the entropy of the frequencies of the tokens that the trajectories sampled. [O]"""
+    counts = Counter()
+    for t in trajectories:
+        counts.update(t.response[t.start:])
+    p = torch.tensor(list(counts.values())) / counts.total()
+    return -(p * p.log()).sum().item()
 
-def select_top_n(scores, rewards, lengths, groups, n, always):
-    """Indices, in order, of what is kept: in each group the n highest scores (ties: the shorter),
-    and all that `always` marks, not counted in n. All arguments: [B].
+def prompt_information(entropy, mask, h):
+    """Return Î(q; r) = Σ_t (h - H_t), [B]; entropy, mask: [B, T], h in nats."""
+    return ((h - entropy) * mask).sum(1)
 
-    Were all kept of one reward, the last gives way to the best of another [O].
+def trajectory_ib_score(answer_gain, entropy, mask, groups, beta, h):
+    """Return S_IB [B] of responses; answer_gain, groups: [B], entropy, mask: [B, T], h in nats.
+
+    Each term is standardised over the responses to the same prompt, as rewards are in
+    `group_advantages`, so that beta = 1 gives both the same weight [O].
     """
-    kept = []
-    for g in groups.unique():
-        members = (groups == g).nonzero().squeeze(1).tolist()
-        fixed = [i for i in members if always[i]]
-        ranked = [i for i in members if not always[i]]
-        ranked.sort(key=lambda i: (-float(scores[i]), int(lengths[i])))
-        chosen = ranked[:n]
-        found = {float(rewards[i]) for i in fixed + chosen}
-        missing = [i for i in ranked[n:] if float(rewards[i]) not in found]
-        if len(found) == 1 and missing and len(fixed + chosen) > 1:
-            chosen[-1] = missing[0]
-        kept += fixed + chosen
-    return sorted(kept)
+    information = prompt_information(entropy, mask, h)
+    return beta * group_advantages(answer_gain, groups) - group_advantages(information, groups)
+
+def select_top_n(candidates, keep):
+    """Return the candidates that the filter keeps, in order.
+
+    Initial rollouts always stay. The branches of one prompt with the same reward compete with each
+    other, and the share `keep` of them stays, rounded up: of the right ones those of highest S_IB,
+    of the wrong ones those of lowest S_IB. At equal S_IB the shorter one stays. [O]
+    """
+    rivals = defaultdict(list)
+    for t in candidates:
+        if t.is_branch:
+            rivals[t.group, t.reward].append(t)
+    dropped = set()
+    for (_, reward), branches in rivals.items():
+        sign = 1 if reward > 0 else -1
+        branches.sort(key=lambda t: (-sign * t.score, len(t.response)))
+        dropped.update(branches[math.ceil(keep * len(branches)):])
+    return [t for t in candidates if t not in dropped]
 
 def ib_self_reward(entropy, advantages, mask):
     """mean_t(A H_t), with a gradient through H_t; entropy, mask: [B, T], advantages: [B]. [C]"""
     return (advantages[:, None] * entropy * mask).sum() / mask.sum()
 
-def ib_scores(model, tokenizer, candidates, config):
-    """S_IB of all candidates, [B]."""
+def set_scores(model, tokenizer, candidates, config):
+    """Write S_IB into all candidates of a batch of problems."""
     gain = answer_gain(model, tokenizer, candidates, config)
-    entropy = pad([t.entropy for t in candidates])  # 0 behind a response's end
+    entropy = pad([t.entropy for t in candidates], padding_value=-1)
+    mask = entropy >= 0
     groups = torch.tensor([t.group for t in candidates])
-    return trajectory_ib_score(gain, entropy, torch.ones_like(entropy), groups, config.beta)
+    h = frequency_entropy(candidates)
+    scores = trajectory_ib_score(gain, entropy, mask, groups, config.beta, h)
+    for t, score in zip(candidates, scores.tolist()):
+        t.score = score
 
 def explore(model, tokenizer, latents, problems, config):
-    """Stages 1 and 2 on a batch of problems: (all candidates, those kept).
+    """Go through stages 1 and 2 with a batch of problems; return (all candidates, those kept).
 
-    At most as many tokens are expected as `rollouts` such responses would have [O].
+    The candidates are expected to cost at most as many tokens as `rollouts` responses [O].
     """
     candidates = sample(model, tokenizer, problems * config.initial, config)
-    initial, kept = len(candidates), candidates
+    kept = candidates
     budget = own_tokens(candidates) * (config.rollouts / config.initial - 1)
     for rounds_left in range(config.ib_rounds, 0, -1):
         branches = branch(model, tokenizer, latents, kept, config, budget / rounds_left)
@@ -443,14 +456,9 @@ def explore(model, tokenizer, latents, problems, config):
         candidates = candidates + branches
         judge(candidates, config)
         kept = candidates
-        if config.keep > 0:  # else all are kept, and none needs a score
-            scores = ib_scores(model, tokenizer, candidates, config)
-            rewards = [t.reward for t in candidates]
-            lengths = [len(t.response) for t in candidates]
-            groups = torch.tensor([t.group for t in candidates])
-            always = [i < initial for i in range(len(candidates))]
-            chosen = select_top_n(scores, rewards, lengths, groups, config.keep, always)
-            kept = [candidates[i] for i in chosen]
+        if config.keep < 1:  # otherwise every branch is kept, and none needs a score
+            set_scores(model, tokenizer, candidates, config)
+            kept = select_top_n(candidates, config.keep)
     return candidates, kept
 
 # ==== Update
@@ -474,8 +482,8 @@ def group_advantages(rewards, groups, eps=1e-4):
 def set_advantages(candidates, kept):
     """Write advantages, relative to all candidates of a prompt, into the trajectories.
 
-    The filter looks at a*, so that among wrong responses it keeps near misses, and what it drops
-    would never be punished: those kept of a reward get the weight of all that had it [O].
+    Those kept of a reward get the weight of all candidates that had it. Otherwise the filter would
+    change how much right and wrong responses count, for it drops more of the more frequent. [O]
     """
     rewards = torch.tensor([t.reward for t in candidates])
     groups = torch.tensor([t.group for t in candidates])
@@ -504,17 +512,20 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     return -(objective * mask).sum() / tokens, stats
 
 def update(model, optimizer, batch, config):
-    """`updates_per_step` optimizer steps on a batch; returns statistics, means over its tokens.
+    """Take `updates_per_step` optimizer steps on a batch; return means over its tokens.
 
-    A branch is trained from t* on, its prefix belongs to its parent [C]. Rows of advantage 0 are
-    skipped, in the mean too, unless they have a bonus [O]. Micro-batches and processes add up.
+    A branch is trained from t* on, because its prefix belongs to its parent [C]. The mean is over
+    all own tokens of the batch, so that every method divides by the same number. Responses of
+    advantage 0 count in it, but are run only for the entropy bonus: else their gradient is 0.
+    Micro-batches and processes add up to the gradient of the whole batch.
     """
-    if config.method != "entropy_reg":
-        batch = [t for t in batch if t.advantage != 0]
-    stats, log_weights, norm = Counter(loss=0, tokens_trained=0), [], 0.0
+    stats = Counter(loss=0, tokens_trained=0)
+    norm = 0.0
     for i in range(config.updates_per_step):
         part = batch[i::config.updates_per_step]
         tokens = sum(gather([own_tokens(part)]))
+        if config.method != "entropy_reg":
+            part = [t for t in part if t.advantage != 0]
         for rows in micro_batches([len(t) for t in part], config.micro_tokens):
             micro = [part[row] for row in rows]
             logp, entropy, mask = token_logps(model, micro)
@@ -527,17 +538,16 @@ def update(model, optimizer, batch, config):
                 loss = loss - config.entropy_bonus * (entropy * mask).sum() / mask.sum()
             share_of_tokens = mask.sum() / tokens
             (share_of_tokens * loss).backward()
-            for name, value in {"loss": loss, **found}.items():
-                stats[name] += (share_of_tokens * value).item() / config.updates_per_step
+            stats["loss"] += (share_of_tokens * loss).item() / config.updates_per_step
+            for name, value in found.items():
+                stats[name] += (mask.sum() * value).item()
             stats["tokens_trained"] += mask.sum().item()
-            log_weight = ((logp - old) * mask).sum(1).tolist()
-            log_weights += [w for w, t in zip(log_weight, micro) if t.start > 0]
-        if tokens > 0:
+        if sum(gather([len(part)])) > 0:
             norm = take_step(model, optimizer, config)
     total = pandas.DataFrame(gather([stats])).sum().to_dict()
-    weights = torch.tensor(gather(log_weights) or [0.0]).softmax(0)
-    effective = 1 / weights.square().sum().item()  # sample size of the branches, by their weights
-    return {**total, "grad_norm": norm, "branch_ess": effective / len(weights)}
+    for name in {"ratio", "clipped"} & set(total):
+        total[name] /= total["tokens_trained"]
+    return {**total, "grad_norm": norm}
 
 # ==== The training step
 
@@ -549,11 +559,9 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     shuffled = rng.sample(problems, len(problems))
     metrics = {}
 
-    # 2. the latents learn the policy's alternatives, once or every `cvae_refresh` steps, and fade
-    if latents:
-        if step == 0 or (config.cvae_refresh and step % config.cvae_refresh == 0):
-            metrics = train_latents(model, tokenizer, latents, shuffled, config)
-        latents[1].gamma = psa_gamma(step, config)
+    # 2. before the first step the latents learn the policy's alternatives; then they are frozen
+    if latents and step == 0:
+        metrics = train_latents(model, tokenizer, latents, shuffled, config)
 
     # 3. roll out, branch where the policy hesitates, keep what is informative and short
     began = time.time()
@@ -594,7 +602,6 @@ def prepare(model, config):
 def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; a report on the last batch."""
     cvae, psa = latents
-    psa.gamma = config.psa_gamma
     problems = share(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
     pairs, tokens = gather(pairs), sum(gather([tokens]))
@@ -665,10 +672,11 @@ def features(model, batch, config):
     return e
 
 def baseline_rollouts(model, tokenizer, shuffled, config):
-    """(all, those to train on): `rollouts` responses to each of the first problems of `shuffled`.
+    """Sample `rollouts` responses to each of the first problems of `shuffled`.
 
-    dapo replaces, up to twice, problems whose rewards are all equal (so that their advantages are
-    0), and leaves out what was cut at the length limit.
+    Return (all of them, those to train on). dapo leaves out problems whose responses all have the
+    same reward, because their advantages are 0, and samples others in their place, up to twice. It
+    also leaves out responses that were cut at the length limit.
     """
     dapo = config.method == "dapo"
     missing = wanted = len(share(shuffled[:config.prompts_per_step]))
@@ -678,10 +686,11 @@ def baseline_rollouts(model, tokenizer, shuffled, config):
         judge(new, config)
         candidates += new
         waiting = waiting[missing:]
-        found = {(t.group, t.reward) for t in candidates}  # a problem of both is there twice
-        mixed = len(found) - len({t.group for t in candidates})
-        missing = wanted - mixed
-    return candidates, [t for t in candidates if t.complete or not dapo]
+        mixed = {group for group, rate in pass_rates(candidates).items() if 0 < rate < 1}
+        missing = wanted - len(mixed)
+    if not dapo:
+        return candidates, candidates
+    return candidates, [t for t in candidates if t.complete and t.group in mixed]
 
 def show(config):
     """Print how a held-out problem is explored; after a run, with --model RUN/model."""
@@ -693,11 +702,11 @@ def show(config):
         print(train_latents(model, tokenizer, latents, problems, config))
     problem = heldout[config.seed % len(heldout)]
     candidates, kept = explore(model, tokenizer, latents, [problem], config)
-    scores = ib_scores(model, tokenizer, candidates, config)
+    set_scores(model, tokenizer, candidates, config)
     print(f"{problem.question}  answer {problem.gold}; ▸ is t*")
-    for t, s in zip(candidates, scores.tolist()):
+    for t in candidates:
         fate = "kept" if t in kept else "dropped"
-        print(f"\nreward {t.reward:.0f}, Ĥ {t.entropy.sum():.2f}, S_IB {s:+.2f}, {fate}:")
+        print(f"\nreward {t.reward:.0f}, Ĥ {t.entropy.sum():.2f}, S_IB {t.score:+.2f}, {fate}:")
         print(tokenizer.decode(t.response[:t.start]) + "▸" + tokenizer.decode(t.response[t.start:]))
     return candidates
 
@@ -1032,8 +1041,10 @@ def load_problems(config):
     """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
-        train = chain_questions(random.Random(config.seed), config.operands, False, 4096)
-        heldout = chain_questions(random.Random(-1), config.operands, True, n)
+        # seeds with names: random.Random(-1) would be Random(1), the stream of --seed 1
+        rng = random.Random(f"train {config.seed}")
+        train = chain_questions(rng, config.operands, False, 4096)
+        heldout = chain_questions(random.Random("held out"), config.operands, True, n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
     tables = load_tables(name)
     train = tables.get("train", next(iter(tables.values())))
@@ -1152,10 +1163,21 @@ def chain_value(question):
         expression = reduce_at(expression, max(1, expression.find("*")))
     return expression
 
-def is_sound(text, gold):
-    """Whether every line has the value `gold`: a wrong order may be right in the end, by luck."""
-    lines = text.split("\n")[:-1]
-    return all(re.fullmatch(r"[0-9]([-+*][0-9])*", x) and chain_value(x) == gold for x in lines)
+def is_sound(question, text):
+    """Return whether a right response is right by more than luck.
+
+    Each line must be one valid reduction of the line before, from the question to the answer. A
+    reduction is valid where it leaves the value as it was: of "3+4*2=", "3+8\\n1\\n#1" is sound,
+    and "7*2\\n4\\n#4" or "#1" alone are not.
+    """
+    expression = question.rstrip("=")
+    *lines, answer = text.split("\n")
+    for line in lines:
+        reductions = [reduce_at(expression, i) for i in range(1, len(expression), 2)]
+        if line not in reductions or chain_value(line) != chain_value(expression):
+            return False
+        expression = line
+    return answer == "#" + expression
 
 def demonstration(question, rng, habit):
     """A response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
@@ -1190,17 +1212,25 @@ def tiny_tokenizer():
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 def warm_start(config):
-    """The folder of a Qwen2 of 0.64 M parameters that has learnt demonstrations, made once."""
+    """Return the folder of a Qwen2 of 0.64 M parameters that has learnt demonstrations.
+
+    It is made once for each recipe, of which the folder's name has a checksum: of all settings that
+    go into it and of the shape of the model.
+    """
     low, high = config.operands
-    folder = Path(f"runs/warm_start-habit-{config.habit}-{low}-{high}-{config.warm_steps}")
+    shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True)
+    recipe = [config.habit, config.operands, config.warm_steps, config.prompt, shape]
+    checksum = zlib.crc32(json.dumps(recipe).encode())
+    folder = Path(f"runs/warm_start-habit-{config.habit}-{checksum:08x}")
     if RANK > 0 or folder.exists():
         return folder
     torch.manual_seed(0)
-    tokenizer, rng = tiny_tokenizer(), random.Random(0)
+    tokenizer = tiny_tokenizer()
+    rng = random.Random("warm start")
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(DEVICE)
+        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        **shape)).to(DEVICE)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
     muon = torch.optim.Muon(matrices, weight_decay=0.0)  # takes half the steps of AdamW here
@@ -1365,7 +1395,7 @@ def evaluate(model, tokenizer, problems, config, file=None):
         sums["distinct_correct"] += len(set(right))
         sums["length"] += own_tokens(batch) / k
         if config.dataset == "chain":
-            sound = [text for text in right if is_sound(text, batch[0].gold)]
+            sound = [text for text in right if is_sound(batch[0].question, text)]
             sums["sound@1"] += len(sound) / k
             sums["sound@k"] += pass_at_k(k, len(sound), k)
             sums["distinct_sound"] += len(set(sound))
@@ -1374,17 +1404,24 @@ def evaluate(model, tokenizer, problems, config, file=None):
                            "reward": t.reward} for t in sampled])
     return {name: value / len(problems) for name, value in sums.items()}
 
+def pass_rates(trajectories):
+    """Return {problem: the mean reward of its responses}."""
+    rewards = defaultdict(list)
+    for t in trajectories:
+        rewards[t.group].append(t.reward)
+    return {group: sum(found) / len(found) for group, found in rewards.items()}
+
 def rollout_metrics(trajectories):
     """What is logged of a step: shares of problems, means over responses or tokens, counts."""
     trajectories = gather(trajectories)
     tokens, count = own_tokens(trajectories), len(trajectories)
-    groups = {t.group for t in trajectories}
-    found = {(t.group, t.reward) for t in trajectories}  # a problem of both is there twice
+    rates = pass_rates(trajectories).values()
+    mixed = sum(0 < rate < 1 for rate in rates)  # problems with right and wrong responses
     right = {(t.group, t.text) for t in trajectories if t.reward}
     entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
-            "eff_rate": len(found) / len(groups) - 1, "distinct_correct": len(right) / len(groups),
-            "pass@k": len({group for group, _ in right}) / len(groups),
+            "eff_rate": mixed / len(rates), "distinct_correct": len(right) / len(rates),
+            "pass@k": sum(rate > 0 for rate in rates) / len(rates),
             "tokens_sampled": tokens, "trajectories": count}
 
 def fail(message):
