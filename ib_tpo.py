@@ -137,6 +137,8 @@ class Trajectory:
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
+    is_branch: bool = False
+    score: float = 0.0  # S_IB
     advantage: float = 0.0
 
     def __len__(self):
@@ -357,7 +359,7 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
-    ratio = (logp - old_logp).exp()
+    ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
     bounded = ratio.clamp(max=3.0)  # where A < 0, too, no token outweighs a batch
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(bounded * advantages, clipped * advantages)
@@ -415,6 +417,24 @@ def k3(logp, reference):
     """The k3 estimate of KL(π || π_ref) at each token: r - 1 - ln r >= 0, r = π_ref / π. [GRPO]"""
     return (reference - logp).exp() - 1 - (reference - logp)
 
+def trees_loss(model, packs, config, reference):
+    """Return L of some packed trees, a mean over their trajectories' tokens, and other means.
+
+    `sampling_gap` is |ln π - ln π_old|. Before a batch's first optimizer step it is only
+    arithmetic, or else a fault.
+    """
+    logp, weights = tree_logps(model, packs)  # [B, S]
+    old = pad([pack["logps"] for pack in packs]).to(DEVICE)
+    advantages = pad([pack["advantages"] for pack in packs]).to(DEVICE)
+    loss, means = policy_loss(logp, old, advantages, weights, config)
+    means["sampling_gap"] = ((logp - old).abs() * weights).sum() / weights.sum()
+    if config.kl > 0:
+        with torch.no_grad():
+            reference_logp, _ = tree_logps(reference, packs)
+        means["kl"] = (k3(logp, reference_logp) * weights).sum() / weights.sum()
+        loss = loss + config.kl * means["kl"]
+    return loss, means
+
 def update_on_trees(model, optimizer, roots, config, reference=None):
     """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
 
@@ -423,37 +443,26 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
     is 0. Micro-batches and processes add up to the gradient of the whole batch.
     """
     packs = [pack_tree(root, step_advantages(root, config)) for root in roots]
-    stats = Counter(loss=0, tokens_trained=0, tokens_unique=0)
+    sums = Counter(loss=0, tokens_trained=0, tokens_unique=0)
     norm = 0.0
     for i in range(config.updates_per_step):
         part = packs[i::config.updates_per_step]
         tokens = sum(gather([sum(pack["weights"].sum().item() for pack in part)]))
         if config.kl == 0:
             part = [pack for pack in part if pack["advantages"].any()]
-        for rows in micro_batches([len(pack["input_ids"]) for pack in part], config.micro_tokens):
+        sizes = [len(pack["input_ids"]) for pack in part]
+        for rows in progress(micro_batches(sizes, config.micro_tokens), "update"):
             micro = [part[row] for row in rows]
-            logp, weights = tree_logps(model, micro)
-            old = pad([pack["logps"] for pack in micro]).to(DEVICE)
-            advantages = pad([pack["advantages"] for pack in micro]).to(DEVICE)
-            loss, found = policy_loss(logp, old, advantages, weights, config)
-            if config.kl > 0:
-                with torch.no_grad():
-                    reference_logp, _ = tree_logps(reference, micro)
-                found["kl"] = (k3(logp, reference_logp) * weights).sum() / weights.sum()
-                loss = loss + config.kl * found["kl"]
-            share_of_tokens = weights.sum() / tokens
-            (share_of_tokens * loss).backward()
-            stats["loss"] += (share_of_tokens * loss).item() / config.updates_per_step
-            for name, value in found.items():
-                stats[name] += (weights.sum() * value).item()
-            stats["tokens_trained"] += weights.sum().item()
-            stats["tokens_unique"] += (weights > 0).sum().item()
+            with recompute_layers(model, config):
+                loss, means = trees_loss(model, micro, config, reference)
+            micro_tokens = sum(pack["weights"].sum().item() for pack in micro)
+            (micro_tokens / tokens * loss).backward()
+            sums["loss"] += micro_tokens / tokens * loss.item() / config.updates_per_step
+            sums["tokens_unique"] += sum((pack["weights"] > 0).sum().item() for pack in micro)
+            add_means(sums, means, micro_tokens)
         if sum(gather([len(part)])) > 0:
             norm = take_step(model, optimizer, config)
-    total = pandas.DataFrame(gather([stats])).sum().to_dict()
-    for name in {"ratio", "clipped", "kl"} & set(total):
-        total[name] /= total["tokens_trained"]
-    return {**total, "grad_norm": norm}
+    return total_means(sums) | {"grad_norm": norm}
 
 # ==== The training step
 
@@ -473,6 +482,8 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
     stats = update_on_trees(model, optimizer, list(roots.values()), config, reference)
 
     # 4. log
+    if step % 10 == 0:
+        print_response(trajectories[0])
     nodes = [node for root in roots.values() for node in root.walk() if node.children]
     scores = gather([ib_score(node, config.beta) for node in nodes])
     covs = gather([ib_covariance(node, config.beta) for node in nodes if len(node.children) > 1])
@@ -500,7 +511,7 @@ def check_policy(model, tokenizer, reference, problems, config):
     them, as those with ALiBi or local attention do: their update would be silently wrong.
     """
     torch.manual_seed(config.seed)
-    ordered = sorted(problems, key=len)  # the shortest and the longest prompts, so that rows are padded
+    ordered = sorted(problems, key=len)  # of the shortest and the longest prompts, for padding
     few = share((ordered[:2] + ordered[-2:]) * WORLD)
     small = replace(config, tree=[2, 2, 1, 1], sampler="random",
                     max_new_tokens=min(CHECK_TOKENS, config.max_new_tokens))
@@ -731,6 +742,24 @@ def take_step(model, optimizer, config):
     optimizer.zero_grad()
     return norm
 
+def add_means(sums, means, tokens):
+    """Add the means over so many tokens of a micro-batch, times these, to the sums."""
+    for name, value in means.items():
+        sums[name] += value.item() * tokens
+    sums["tokens_trained"] += tokens
+
+def total_means(sums):
+    """Return the means over all trained tokens, those of other processes included.
+
+    Names that begin with "tokens" are counts, and stay sums, as the loss does.
+    """
+    total = pandas.DataFrame(gather([sums])).sum().to_dict()
+    for name in total:
+        if name != "loss" and not name.startswith("tokens"):
+            total[name] /= max(1, total["tokens_trained"])
+    total["sampling_gap"] = total.get("sampling_gap", 0) / (total.pop("bare", 1) or 1)
+    return total
+
 def gather(items):
     """The items of all processes in one list."""
     lists = [items] * WORLD
@@ -822,20 +851,23 @@ def load_problems(config):
         train = chain_questions(rng, config.operands, False, 4096)
         heldout = chain_questions(random.Random("held out"), config.operands, True, n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
-    tables = load_tables(name)
-    train = tables.get("train", next(iter(tables.values())))
-    if config.eval_dataset:
-        name = config.eval_dataset
+    try:
         tables = load_tables(name)
-        test = tables.get("test", next(iter(tables.values())))
-    elif "test" in tables:
-        test = tables["test"]
-    else:
-        split = train.train_test_split(min(n, len(train) // 2), shuffle=False)
-        train, test = split["train"], split["test"]
-    heldout = read_rows(test.shuffle(seed=0), name)[:n]  # a test split may be sorted by subject
-    known = dict(heldout)
-    train = [pair for pair in read_rows(train, config.dataset) if pair[0] not in known]
+        train = tables.get("train", next(iter(tables.values())))
+        if config.eval_dataset:
+            name = config.eval_dataset
+            tables = load_tables(name)
+            test = tables.get("test", next(iter(tables.values()))).shuffle(seed=0)
+        elif "test" in tables:
+            test = tables["test"].shuffle(seed=0)  # it may be sorted by subject
+        else:
+            split = train.train_test_split(min(n, len(train) // 2), shuffle=False)
+            train, test = split["train"], split["test"]
+        heldout = read_rows(test, name)[:n]
+        known = dict(heldout)
+        train = [pair for pair in read_rows(train, config.dataset) if pair[0] not in known]
+    except Exception as e:  # whatever a hub, a network or a parser raises
+        fail(f"cannot load the dataset {name}: {with_cause(e)}")
     if min(len(train), len(heldout)) < WORLD:
         fail(f"{config.dataset} has {len(train)} problems that are not held out and {len(heldout)} "
              f"that are, for {WORLD} processes")
@@ -844,16 +876,13 @@ def load_problems(config):
 def load_tables(name):
     """Return the tables of a data set by the names of its splits, from a file or from the hub."""
     kind = Path(name).suffix[1:].replace("jsonl", "json")
+    if kind in ("json", "parquet"):
+        return datasets.load_dataset(kind, data_files=name)
     repository, _, subset = HUB.get(name, name).partition(":")
-    if kind not in ("json", "parquet") and "/" not in repository:
+    if "/" not in repository:
         fail(f"there is no data set {name}: name one of {', '.join(HUB)}, owner/name or "
              f"owner/name:config of the hub, or a file that ends in .jsonl, .json or .parquet")
-    try:
-        if kind in ("json", "parquet"):
-            return datasets.load_dataset(kind, data_files=name)
-        return datasets.load_dataset(repository, subset or None)
-    except Exception as e:  # whatever a hub, a network or a parser raises
-        fail(f"cannot load the dataset {name}: {with_cause(e)}")
+    return datasets.load_dataset(repository, subset or None)
 
 def read_rows(table, name):
     """Return (question, gold) of each row of a table.
@@ -1188,16 +1217,20 @@ def pass_rates(trajectories):
     return {group: sum(found) / len(found) for group, found in rewards.items()}
 
 def rollout_metrics(trajectories):
-    """What is logged of a step: shares of problems, means over responses or tokens, counts."""
+    """Return what is logged of a step's responses: shares, means over responses, and counts."""
     trajectories = gather(trajectories)
-    tokens, count = own_tokens(trajectories), len(trajectories)
+    tokens = own_tokens(trajectories)
+    count = len(trajectories)
     rates = pass_rates(trajectories).values()
     mixed = sum(0 < rate < 1 for rate in rates)  # problems with right and wrong responses
     right = {(t.group, t.text) for t in trajectories if t.reward}
     entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
+    cut = sum(not t.complete for t in trajectories)
+    answered = sum(extract_answer(t.text) is not None for t in trajectories)
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
             "eff_rate": mixed / len(rates), "distinct_correct": len(right) / len(rates),
             "pass@k": sum(rate > 0 for rate in rates) / len(rates),
+            "cut": cut / count, "answered": answered / count,
             "tokens_sampled": tokens, "trajectories": count}
 
 def fail(message):
@@ -1260,8 +1293,8 @@ def save_atomically(path, write):
 def rename(new, path):
     """Rename `new` to `path`, trying for a second.
 
-    Windows refuses while another program, such as a spreadsheet, has `path` open. metrics.jsonl then
-    stays as it is, because the next step writes all of it again.
+    Windows refuses while another program, such as a spreadsheet, has `path` open. metrics.jsonl
+    then stays as it is, because the next step writes all of it again.
     """
     for _ in range(5):
         try:

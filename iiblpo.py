@@ -309,9 +309,7 @@ def latent_loss(model, latents, batch, prefix, continuation, above):
     """
     cvae, psa = latents
     prior, posterior = cvae.prior(prefix), cvae.posterior(prefix, continuation)
-    P = max(len(t.prompt) for t in batch)
-    born = torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)  # its state gives o_t*
-    with psa.steer(posterior.rsample(), born):
+    with psa.steer(posterior.rsample(), born_columns(batch)):
         logp, _, mask = token_logps(model, batch)
     logp = (logp * mask).sum(1)
     kl = torch.distributions.kl_divergence(posterior, prior).mean(0)
@@ -355,11 +353,19 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     cvae, psa = latents
     z = cvae.sample(features(model, prefixes, config)[0], config.branches)
     z = z.transpose(0, 1).flatten(0, 1)[:len(begun)]  # in the order of `begun`
+    return sample(model, tokenizer, begun, config, steer=steer_sampling(psa, z))
 
-    def steer(rows, column):  # generation goes on behind `column`, the last one of each prefix
+def steer_sampling(psa, z):
+    """Return the `steer` of `sample` that gives row i the latent z[i], behind its prefix's end."""
+    def steer(rows, column):
         return psa.steer(z[rows], torch.full((len(rows),), column, device=DEVICE))
 
-    return sample(model, tokenizer, begun, config, steer=steer)
+    return steer
+
+def born_columns(batch):
+    """Return for each row the column of `last_states` whose state produces o_t*, [B]."""
+    P = max(len(t.prompt) for t in batch)
+    return torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)
 
 # ==== Stage 2: information-bottleneck filter and self-reward
 #   [P] S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r
@@ -502,7 +508,7 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
-    ratio = (logp - old_logp).exp()
+    ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
     bounded = ratio.clamp(max=3.0)  # where A < 0, too, no token outweighs a batch
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(bounded * advantages, clipped * advantages)
@@ -510,6 +516,25 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
+
+def responses_loss(model, batch, config):
+    """Return L of a micro-batch, a mean over its own tokens, and other means over them.
+
+    `sampling_gap` becomes the mean of |ln π - ln π_old| over the `bare` tokens, which were sampled
+    without a latent. Before a batch's first optimizer step it is only arithmetic, or else a fault.
+    """
+    logp, entropy, mask = token_logps(model, batch)  # [B, T]
+    old = pad([t.logps for t in batch]).to(DEVICE)
+    advantages = torch.tensor([t.advantage for t in batch], device=DEVICE)  # [B]
+    loss, means = policy_loss(logp, old, advantages, mask, config)
+    if config.method == "iiblpo":
+        loss = loss - config.kappa * ib_self_reward(entropy, advantages, mask)
+    if config.method == "entropy_reg":
+        loss = loss - config.entropy_bonus * (entropy * mask).sum() / mask.sum()
+    bare = mask & torch.tensor([[not t.is_branch] for t in batch], device=DEVICE)
+    means["sampling_gap"] = ((logp - old).abs() * bare).sum() / mask.sum()
+    means["bare"] = bare.sum() / mask.sum()
+    return loss, means
 
 def update(model, optimizer, batch, config):
     """Take `updates_per_step` optimizer steps on a batch; return means over its tokens.
@@ -519,35 +544,24 @@ def update(model, optimizer, batch, config):
     advantage 0 count in it, but are run only for the entropy bonus: else their gradient is 0.
     Micro-batches and processes add up to the gradient of the whole batch.
     """
-    stats = Counter(loss=0, tokens_trained=0)
+    sums = Counter(loss=0, tokens_trained=0)
     norm = 0.0
     for i in range(config.updates_per_step):
         part = batch[i::config.updates_per_step]
         tokens = sum(gather([own_tokens(part)]))
         if config.method != "entropy_reg":
             part = [t for t in part if t.advantage != 0]
-        for rows in micro_batches([len(t) for t in part], config.micro_tokens):
+        for rows in progress(micro_batches([len(t) for t in part], config.micro_tokens), "update"):
             micro = [part[row] for row in rows]
-            logp, entropy, mask = token_logps(model, micro)
-            old = pad([t.logps for t in micro]).to(DEVICE)
-            advantages = torch.tensor([t.advantage for t in micro], device=DEVICE)
-            loss, found = policy_loss(logp, old, advantages, mask, config)
-            if config.method == "iiblpo":
-                loss = loss - config.kappa * ib_self_reward(entropy, advantages, mask)
-            if config.method == "entropy_reg":
-                loss = loss - config.entropy_bonus * (entropy * mask).sum() / mask.sum()
-            share_of_tokens = mask.sum() / tokens
+            with recompute_layers(model, config):
+                loss, means = responses_loss(model, micro, config)
+            share_of_tokens = own_tokens(micro) / tokens
             (share_of_tokens * loss).backward()
-            stats["loss"] += (share_of_tokens * loss).item() / config.updates_per_step
-            for name, value in found.items():
-                stats[name] += (mask.sum() * value).item()
-            stats["tokens_trained"] += mask.sum().item()
+            sums["loss"] += (share_of_tokens * loss).item() / config.updates_per_step
+            add_means(sums, means, own_tokens(micro))
         if sum(gather([len(part)])) > 0:
             norm = take_step(model, optimizer, config)
-    total = pandas.DataFrame(gather([stats])).sum().to_dict()
-    for name in {"ratio", "clipped"} & set(total):
-        total[name] /= total["tokens_trained"]
-    return {**total, "grad_norm": norm}
+    return total_means(sums) | {"grad_norm": norm}
 
 # ==== The training step
 
@@ -578,6 +592,8 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     metrics |= update(model, optimizer, kept, config)
 
     # 5. log
+    if step % 10 == 0:
+        print_response(candidates[0])
     metrics |= {"rollout_s": explored - began, "update_s": time.time() - explored}
     metrics = rollout_metrics(candidates) | metrics
     metrics["tokens_sampled"] += metrics.get("latent_tokens", 0)  # all tokens count
@@ -598,6 +614,36 @@ def prepare(model, config):
              f"{type(model).__name__} has not; --branch_mode random and baselines take it")
     cvae = LatentCVAE(model.config.hidden_size, config.z_dim)
     return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
+
+@torch.no_grad()
+def check_policy(model, tokenizer, latents, problems, config):
+    """Hold ln π as it was recorded while sampling against the passes of training, bare and steered.
+
+    Ends the program in one line where they differ, or where latents change nothing. Random latents
+    of three times the usual size make that plain even before the latents are trained. [O]
+    """
+    torch.manual_seed(config.seed)
+    ordered = sorted(problems, key=len)  # of the shortest and the longest prompts, for padding
+    few = share((ordered[:2] + ordered[-2:]) * WORLD)
+    short = replace(config, max_new_tokens=min(CHECK_TOKENS, config.max_new_tokens))
+    batch = sample(model, tokenizer, few, short)
+    logp, _, mask = token_logps(model, batch)
+    recorded = torch.cat([t.logps for t in batch])
+    alone = torch.cat([row_logps(model, t) for t in batch])
+    gaps = {"a row alone": alone - recorded, "a padded batch": logp[mask].cpu() - recorded}
+    if latents:
+        psa = latents[1]
+        z = 3 * torch.randn(len(batch), config.z_dim, device=DEVICE)
+        prefixes = prefixes_to_branch(batch, short)
+        branches = sample(model, tokenizer, prefixes, short, steer=steer_sampling(psa, z))
+        bare, _, mask = token_logps(model, branches)
+        with psa.steer(z, born_columns(branches)):
+            steered, _, _ = token_logps(model, branches)
+        recorded = torch.cat([t.logps[t.start:] for t in branches])
+        gaps["a steered batch"] = steered[mask].cpu() - recorded
+        if config.psa_gamma > 0 and torch.equal(steered, bare):
+            fail("latents change nothing in this model or this release of transformers")
+    report_gaps(gaps)
 
 def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; a report on the last batch."""
@@ -955,6 +1001,24 @@ def take_step(model, optimizer, config):
     optimizer.zero_grad()
     return norm
 
+def add_means(sums, means, tokens):
+    """Add the means over so many tokens of a micro-batch, times these, to the sums."""
+    for name, value in means.items():
+        sums[name] += value.item() * tokens
+    sums["tokens_trained"] += tokens
+
+def total_means(sums):
+    """Return the means over all trained tokens, those of other processes included.
+
+    Names that begin with "tokens" are counts, and stay sums, as the loss does.
+    """
+    total = pandas.DataFrame(gather([sums])).sum().to_dict()
+    for name in total:
+        if name != "loss" and not name.startswith("tokens"):
+            total[name] /= max(1, total["tokens_trained"])
+    total["sampling_gap"] = total.get("sampling_gap", 0) / (total.pop("bare", 1) or 1)
+    return total
+
 def gather(items):
     """The items of all processes in one list."""
     lists = [items] * WORLD
@@ -1046,20 +1110,23 @@ def load_problems(config):
         train = chain_questions(rng, config.operands, False, 4096)
         heldout = chain_questions(random.Random("held out"), config.operands, True, n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
-    tables = load_tables(name)
-    train = tables.get("train", next(iter(tables.values())))
-    if config.eval_dataset:
-        name = config.eval_dataset
+    try:
         tables = load_tables(name)
-        test = tables.get("test", next(iter(tables.values())))
-    elif "test" in tables:
-        test = tables["test"]
-    else:
-        split = train.train_test_split(min(n, len(train) // 2), shuffle=False)
-        train, test = split["train"], split["test"]
-    heldout = read_rows(test.shuffle(seed=0), name)[:n]  # a test split may be sorted by subject
-    known = dict(heldout)
-    train = [pair for pair in read_rows(train, config.dataset) if pair[0] not in known]
+        train = tables.get("train", next(iter(tables.values())))
+        if config.eval_dataset:
+            name = config.eval_dataset
+            tables = load_tables(name)
+            test = tables.get("test", next(iter(tables.values()))).shuffle(seed=0)
+        elif "test" in tables:
+            test = tables["test"].shuffle(seed=0)  # it may be sorted by subject
+        else:
+            split = train.train_test_split(min(n, len(train) // 2), shuffle=False)
+            train, test = split["train"], split["test"]
+        heldout = read_rows(test, name)[:n]
+        known = dict(heldout)
+        train = [pair for pair in read_rows(train, config.dataset) if pair[0] not in known]
+    except Exception as e:  # whatever a hub, a network or a parser raises
+        fail(f"cannot load the dataset {name}: {with_cause(e)}")
     if min(len(train), len(heldout)) < WORLD:
         fail(f"{config.dataset} has {len(train)} problems that are not held out and {len(heldout)} "
              f"that are, for {WORLD} processes")
@@ -1068,16 +1135,13 @@ def load_problems(config):
 def load_tables(name):
     """Return the tables of a data set by the names of its splits, from a file or from the hub."""
     kind = Path(name).suffix[1:].replace("jsonl", "json")
+    if kind in ("json", "parquet"):
+        return datasets.load_dataset(kind, data_files=name)
     repository, _, subset = HUB.get(name, name).partition(":")
-    if kind not in ("json", "parquet") and "/" not in repository:
+    if "/" not in repository:
         fail(f"there is no data set {name}: name one of {', '.join(HUB)}, owner/name or "
              f"owner/name:config of the hub, or a file that ends in .jsonl, .json or .parquet")
-    try:
-        if kind in ("json", "parquet"):
-            return datasets.load_dataset(kind, data_files=name)
-        return datasets.load_dataset(repository, subset or None)
-    except Exception as e:  # whatever a hub, a network or a parser raises
-        fail(f"cannot load the dataset {name}: {with_cause(e)}")
+    return datasets.load_dataset(repository, subset or None)
 
 def read_rows(table, name):
     """Return (question, gold) of each row of a table.
@@ -1412,16 +1476,20 @@ def pass_rates(trajectories):
     return {group: sum(found) / len(found) for group, found in rewards.items()}
 
 def rollout_metrics(trajectories):
-    """What is logged of a step: shares of problems, means over responses or tokens, counts."""
+    """Return what is logged of a step's responses: shares, means over responses, and counts."""
     trajectories = gather(trajectories)
-    tokens, count = own_tokens(trajectories), len(trajectories)
+    tokens = own_tokens(trajectories)
+    count = len(trajectories)
     rates = pass_rates(trajectories).values()
     mixed = sum(0 < rate < 1 for rate in rates)  # problems with right and wrong responses
     right = {(t.group, t.text) for t in trajectories if t.reward}
     entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
+    cut = sum(not t.complete for t in trajectories)
+    answered = sum(extract_answer(t.text) is not None for t in trajectories)
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
             "eff_rate": mixed / len(rates), "distinct_correct": len(right) / len(rates),
             "pass@k": sum(rate > 0 for rate in rates) / len(rates),
+            "cut": cut / count, "answered": answered / count,
             "tokens_sampled": tokens, "trajectories": count}
 
 def fail(message):
@@ -1484,8 +1552,8 @@ def save_atomically(path, write):
 def rename(new, path):
     """Rename `new` to `path`, trying for a second.
 
-    Windows refuses while another program, such as a spreadsheet, has `path` open. metrics.jsonl then
-    stays as it is, because the next step writes all of it again.
+    Windows refuses while another program, such as a spreadsheet, has `path` open. metrics.jsonl
+    then stays as it is, because the next step writes all of it again.
     """
     for _ in range(5):
         try:
