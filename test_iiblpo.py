@@ -181,7 +181,7 @@ def test_a_mistake_is_one_line_before_any_work(folder, capsys, flags, message):
 
 @each("script", [m, tpo])
 def test_every_number_has_its_range(script, capsys):
-    may_be_0 = ("seed max_tokens habit psa_layers psa_gamma keep "
+    may_be_0 = ("seed max_tokens habit psa_layers psa_gamma psa_halflife keep "
                 "kappa lr clip_low eval_every clip_high entropy_bonus top_frac max_grad_norm lam kl").split()
     may_be_0.append("beta" if script is m else "rollouts")
     for name, default in asdict(script.Config()).items():
