@@ -82,7 +82,8 @@ class Config:
         default_factory=[4, 9, 1, 1].copy, help="B0 L K B: rollouts from the root; rounds, the "
         "first one included; nodes a round; continuations a node")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
-        "ib", "where to branch: highest IB-Score, anywhere, everywhere once, entropy, nowhere")
+        "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: at each place once; "
+        "entropy: before the step of highest token entropy; independent: nowhere")
     rollouts: int = setting(0, "responses a prompt of the independent sampler; 0: as a tree has")
     max_new_tokens: int = setting(1024, "longest response")
     generate_tokens: int = setting(131072, "rows x (prompt + tokens to come, no prefix) of a call")
@@ -90,7 +91,7 @@ class Config:
     beta: float = setting(5.0, "beta: weight of what a step says about the answer")
     # update
     advantage: Literal["gl+ib", "gl", "ib", "grpo", "treerl"] = setting(
-        "gl+ib", "A_GL + lam A_IB, or one of both; or a baseline's")
+        "gl+ib", "gl+ib: A_GL + lam A_IB; gl, ib: one of both; grpo, treerl: a baseline's")
     lam: float = setting(0.1, "lambda: weight of A_IB")
     lr: float = setting(1e-6, "AdamW's learning rate")
     updates_per_step: int = setting(1, "steps a batch; at 1 hardly a ratio is clipped")

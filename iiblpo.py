@@ -707,7 +707,7 @@ def show(config):
     print(f"{problem.question}  answer {problem.gold}; ▸ is t*")
     for t in candidates:
         fate = "kept" if t in kept else "dropped"
-        print(f"\nreward {t.reward:.0f}, Ĥ {t.entropy.sum():.2f}, S_IB {t.score:+.2f}, {fate}:")
+        print(f"\nreward {t.reward:.0f}, S_IB {t.score:+.2f}, {fate}:")
         print(tokenizer.decode(t.response[:t.start]) + "▸" + tokenizer.decode(t.response[t.start:]))
     return candidates
 
