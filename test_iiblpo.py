@@ -1761,11 +1761,11 @@ ABLATIONS = {"iiblpo_no_latents": "iiblpo.py --branch_mode random",
              "iiblpo_no_filter": "iiblpo.py --keep 1", "iiblpo_no_self_reward": "iiblpo.py --kappa 0",
              "ib_tpo_lambda0": "ib_tpo.py --lam 0", "ib_tpo_paper": "ib_tpo.py --beta 5 --lam 0.1",
              "ib_tpo_independent": "ib_tpo.py --sampler independent", "ib_tpo_random": "ib_tpo.py --sampler random",
-             "ib_tpo_entropy": "ib_tpo.py --sampler entropy"}
+             "ib_tpo_entropy": "ib_tpo.py --sampler entropy",
+             "treerl": "ib_tpo.py --sampler entropy --advantage treerl"}
 EVIDENCE = [("default", name, METHODS[name], range(8)) for name in METHODS]  # setting, name, command, seeds
 EVIDENCE += [(setting, name, f"{METHODS[name]} {SETTINGS[setting]}", range(6))
-             for setting in SETTINGS for name in METHODS if name != "dapo" and (setting, name) != ("long", "iiblpo")]
-EVIDENCE += [("long", "iiblpo", "iiblpo.py --max_tokens 1600000", range(6))]
+             for setting in SETTINGS for name in METHODS if name != "dapo"]
 EVIDENCE += [("default", name, ABLATIONS[name], range(3)) for name in ABLATIONS]
 
 def background(script, *flags):
