@@ -8,10 +8,12 @@
     python ib_tpo.py --sampler entropy --out runs/entropy    # an ablation; settings are flags
     python ib_tpo.py --model Qwen2.5-0.5B --out runs/qwen    # a real model, on one GPU
 
-Left out: vLLM, sharding, rewards other than right or wrong, and the paper's top-p 0.95 and
-temperature 0.7 (so that what is recorded is the sampling distribution). Ours: the packed update.
+Left out: vLLM, sharding, rewards other than right or wrong. The paper has temperature 0.7, top-p
+0.95, top-k 20, 2k tokens and DAPO-Math-17K; here responses are sampled without truncation, so that
+ln π is that of the sampling distribution, and the defaults are 1,024 tokens and GSM8K. [O]
 
-Marks: [P] the paper, [O] our own choice; others name a source. Shapes: B rows, T response tokens,
+Marks: [P] the paper, after its abstract, its figures and detailed notes on it, because we could not
+read its text; [O] our own choice; other marks name their source. Shapes: B rows, T response tokens,
 S tokens of a packed tree, V vocabulary, H width. Entropies and log-probabilities are in nats.
 """
 import ast
@@ -89,7 +91,8 @@ class Config:
         default_factory=[4, 9, 1, 1].copy, help="B0 L K B: rollouts from the root; rounds, the "
         "first one included; nodes a round; continuations a node")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
-        "ib", "where to branch: highest IB-Score, anywhere, everywhere once, entropy, nowhere")
+        "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: at each place once; "
+        "entropy: before the step of highest token entropy; independent: nowhere")
     rollouts: int = setting(0, "responses a prompt of the independent sampler; 0: as a tree has")
     max_new_tokens: int = setting(1024, "longest response")
     generate_tokens: int = setting(131072, "rows x (prompt + tokens to come, no prefix) of a call")
@@ -97,7 +100,7 @@ class Config:
     beta: float = setting(5.0, "beta: weight of what a step says about the answer")
     # update
     advantage: Literal["gl+ib", "gl", "ib", "grpo", "treerl"] = setting(
-        "gl+ib", "A_GL + lam A_IB, or one of both; or a baseline's")
+        "gl+ib", "gl+ib: A_GL + lam A_IB; gl, ib: one of both; grpo, treerl: a baseline's")
     lam: float = setting(0.1, "lambda: weight of A_IB")
     lr: float = setting(1e-6, "AdamW's learning rate")
     updates_per_step: int = setting(1, "steps a batch; at 1 hardly a ratio is clipped")
@@ -146,13 +149,13 @@ class Trajectory:
 
 
 # ==== IBTree: steps and how they grow
-#   [P] p̂(a*|s) = mean reward of the trajectories through step s
-#   [P] B₀ rollouts, then L - 1 rounds: B continuations of each of the K nodes of highest IB-Score
-#   G = B₀ + (L - 1) K B trajectories a tree
+#   p̂(a*|s) = mean reward of the trajectories through step s                                [P]
+#   B₀ rollouts, then L - 1 rounds: B continuations of each of the K nodes of highest IB-Score  [P]
+#   G = B₀ + (L - 1) K B trajectories; siblings of the same tokens are one node              [O]
 
 @dataclass(eq=False)
 class Node:
-    """A step s below those before it; the root holds the prompt q. Equal siblings are one [O]."""
+    """A step s, whose ancestors are the steps before it. The root holds the prompt q."""
     tokens: list[int]
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of the step's tokens
     entropy: torch.Tensor = torch.zeros(0)  # [T]
@@ -166,16 +169,16 @@ class Node:
 
     @property
     def value(self):
-        """p̂(a*|s): the mean reward of the trajectories through s. [P]"""
+        """Return p̂(a*|s), the mean reward of the trajectories through s. [P]"""
         return self.total_reward / max(1, self.visits)
 
     @property
     def confidence(self):
-        """η₂ = π(s), the geometric mean of its token probabilities (the product underflows). [O]"""
+        """Return η₂ = π(s): the tokens' geometric mean, because their product underflows. [O]"""
         return self.logps.mean().exp().item()
 
     def path(self):
-        """The steps from the first to this one, without the root."""
+        """Return the steps from the first to this one, without the root."""
         nodes, node = [], self
         while node.parent:
             nodes.append(node)
@@ -183,7 +186,7 @@ class Node:
         return nodes[::-1]
 
     def walk(self):
-        """This node and all below it, depth-first: a subtree in one piece."""
+        """Return this node and its descendants in depth-first order."""
         nodes, waiting = [], [self]
         while waiting:
             nodes.append(waiting.pop())
@@ -191,8 +194,10 @@ class Node:
         return nodes
 
 def split_steps(token_ids, tokenizer, delimiter):
-    """The steps s_1 ... s_n of a response, lists of tokens: each ends with the token that completes
-    a delimiter [P: "\\n\\n"], the last holds the rest. "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
+    """Return the steps s_1 ... s_n of a response, lists of tokens.
+
+    A step ends with the token that completes a delimiter ("\\n\\n" [P]). What follows the last
+    delimiter is the last step: "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
     """
     texts = {token: tokenizer.decode(token, skip_special_tokens=True) for token in set(token_ids)}
     steps, text = [], delimiter  # as if a step had just ended
@@ -207,9 +212,7 @@ def split_steps(token_ids, tokenizer, delimiter):
 def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
     """Add a trajectory (its steps, their [T] log-probs, its reward 0 or 1); return its leaf.
 
-    Steps that the tree has already are visited once more, so that their estimates are pooled [O].
-    The trajectory drew the steps that begin at token `start` or later. Those before it are the
-    prefix from which it went on.
+    It went on from its first `start` tokens, and drew the steps behind them.
     """
     path = [root]
     for i, tokens in enumerate(steps):
@@ -230,9 +233,9 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
     return path[-1]
 
 def grow(model, tokenizer, problems, config, rng):
-    """IBTrees of a batch of problems: ({group: root}, all trajectories that were sampled). [P]
+    """Grow an IBTree per problem; return ({group: root}, all trajectories that were sampled). [P]
 
-    All trees grow in one `sample` a round, from prompt and prefix, which is prefilled again.
+    All trees grow in one `sample` per round, for which prompt and prefix are prefilled again. [O]
     """
     B0, L, K, B = config.tree
     roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # by B₀ rollouts
@@ -257,23 +260,25 @@ def grow(model, tokenizer, problems, config, rng):
     return roots, trajectories
 
 def go_on_from(node, problem):
-    """The trajectory of a problem that ends with a node's step, to be gone on from."""
+    """Return the beginning of a response that ends with a node's step, to be gone on from."""
     path = node.path()
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
                    entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
 
 # ==== IB-Score: where to branch
-#   [P] J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b), over the B sub-steps s_b sampled at v
-#   [P] information gain η₁(s) = p̂(a*|s) / p̂(a*|parent) - (1 + 1/β),  confidence η₂(s) = π(s)
-# Why: J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), each H a mean of 1 - π over s ~ π(s|v), so that
-#   H(s|v) = 1 - Σ_s π(s)²,  and by Bayes  H(s|a*,v) = 1 - Σ_s π(s)² p(a*|s) / p(a*|v)
-#   J_IB(v) = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/B Σ_b η₁ η₂, π(s) a product of token probabilities
-# The paper drops the 1 and has (1+β)/B: the same ranking.
-# Where p̂ = p̂(parent), as when all are right or wrong, η₁ = -1/β: confident steps grow rarer.
+#   J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H           [P]
+#   J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b), over the B sub-steps s_b sampled at v       [P]
+#   information gain  η₁(s) = p̂(a*|s) / p̂(a*|parent) - (1 + 1/β)                      [P]
+#   confidence        η₂(s) = π(s)                                                     [P]
+# Our reconstruction of the second line: [O]
+#   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
+#   H(s|a*,v) = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   its mean over s ~ π(s|a*,v), by Bayes
+#   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/B Σ_b η₁ η₂,   which ranks nodes as the above does
+# Where p̂ = p̂(parent), as when all are right or all wrong, η₁ = -1/β: confident steps grow rarer.
 
 def information_gain(node, beta):
-    """η₁(s). Where the parent never led to a right answer the ratio counts as 1 [O]."""
+    """Return η₁(s). Where the parent never led to a right answer the ratio counts as 1. [O]"""
     ratio = 1.0
     if node.parent.value > 0:
         ratio = node.value / node.parent.value
@@ -282,14 +287,11 @@ def information_gain(node, beta):
 def ib_score(node, beta):
     """Return J_IB of a node with children.
 
-    A child counts as often as it was drawn at this node. A trajectory that went on from further
-    down visits the child, too, but it is no draw of the policy at this node.
+    A child counts as often as it was drawn here, not when a trajectory went on from below it.
     """
     B = sum(s.drawn for s in node.children)
-    total = 0.0
-    for s in node.children:
-        total += s.drawn * information_gain(s, beta) * s.confidence
-    return (1 + beta) / B * total
+    return (1 + beta) / B * sum(s.drawn * information_gain(s, beta) * s.confidence
+                                for s in node.children)
 
 def ib_covariance(node, beta):
     """Return Cov(η₁, η₂) over the sub-steps drawn at a node; under GRPO it falls to zero. [P]"""
@@ -298,10 +300,11 @@ def ib_covariance(node, beta):
     return torch.cov(eta.T, correction=0, fweights=drawn)[0, 1].item()
 
 def select_nodes(root, k, sampler, config, rng):
-    """The k nodes to branch from, which have children and room behind them; if fewer, they repeat.
+    """Return the k nodes to branch from, of those with children and room; too few are repeated.
 
-    ib: highest J_IB [P]; entropy: before the step with the highest token entropy, each place once
-    before any twice (as TreeRL); fixed: each place once, from the root down (as TreePO); random.
+    `ib` takes the highest J_IB, `random` any, as RandTree. [P]
+    `entropy`: before the step with the highest H_t; EPTree forks at the token of highest -ln π. [O]
+    `fixed`: each place once, from the root down; TreePO cuts by length. [O]
     """
     nodes = [n for n in root.walk() if n.children and n.end < config.max_new_tokens]
     if sampler == "ib":
@@ -315,16 +318,20 @@ def select_nodes(root, k, sampler, config, rng):
     return (nodes * k)[:k]
 
 # ==== Step-level advantages
-#   [P] A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards, 0 where that is 0
-#   [P] A_IB(s) = η₁(s) η₂(s), of π_old;  A(s) = A_GL(s) + λ A_IB(s)
-# Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s): at ratio 1,
-# A_GL on the tree is GRPO on its trajectories. New is where samples are taken, and λ A_IB. [O]
+#   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards, 0 where that is 0        [P]
+#   A_IB(s) = η₁(s) η₂(s)                                                          [P]
+#             the paper has π_ref in η₂; here it is the policy that sampled        [O]
+#   A(s) = A_GL(s) + λ A_IB(s)                                                     [P]
+# λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward λ for information gain, and a
+# price λ/β on confidence, which is 0.02 for the paper's λ = 0.1 and β = 5. [O]
+# Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s): at ratio 1 A_GL
+# on the tree is GRPO on its trajectories. These are no independent draws of the policy: prefixes
+# chosen by outcome are over-represented, which biases p̂ slightly. [O]
 
 def step_advantage(step, root, config):
     """Return A(s) of the kind that config.advantage names.
 
-    `grpo` is the mean of (R - mean) / (std + 1e-4) over the trajectories through the step, which is
-    A_GL but for the 1e-4. `treerl` is the advantage of TreeRL [arXiv 2506.11902].
+    `grpo` is A_GL but for the 1e-4. `treerl` is the advantage of TreeRL [arXiv 2506.11902].
     """
     from_root = step.value - root.value
     std = math.sqrt(root.value * (1 - root.value))  # of the G rewards, because each is 0 or 1
@@ -346,24 +353,26 @@ def step_advantages(root, config):
     return {step: step_advantage(step, root, config) for step in root.walk()[1:]}
 
 # ==== Update on packed trees
-#   [P] L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over all G trajectories; r_t <= 3 [O]
+#   L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over the tokens of all G trajectories  [P]
+#       the mean is over all these tokens, and r_t is at most 3                            [O]
 # A step that trajectories share is run once: the tree lies depth-first in one sequence, a token
 # sees its ancestors and itself, its position is its depth, and its weight in the mean is the
-# number of trajectories through it. The gradient is that of G separate rows [O].
+# number of trajectories through it. The gradient is that of G separate rows. [O]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """-mean_t min(min(r_t, 3) A, clip(r_t, 1 - clip_low, 1 + clip_high) A), r_t = π / π_old. [GRPO]
+    """Return -mean_t min(min(r_t, 3) A, clip(r_t, 1 - clip_low, 1 + clip_high) A), and statistics.
 
-    logp, old_logp, mask (or weights of tokens): [B, T]; advantages: [B] or [B, T]. The mean is over
-    all tokens [DAPO]; the 3: [arXiv 1912.09729]. Also the mean ratio and the share of tokens cut.
+    r_t = π / π_old. logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or weights of
+    tokens. The clip is PPO's, as GRPO has it. Where A < 0 it does not bound r_t, so the dual clip
+    does [arXiv 1912.09729]. The statistics are the mean ratio and the share of tokens cut.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
-    bounded = ratio.clamp(max=3.0)  # where A < 0, too, no token outweighs a batch
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective = torch.minimum(bounded * advantages, clipped * advantages)
-    cut = objective != ratio * advantages
+    objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
+    too_high = (advantages > 0) & (ratio > 1 + config.clip_high) | (advantages < 0) & (ratio > 3.0)
+    cut = too_high | (advantages < 0) & (ratio < 1 - config.clip_low)
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
@@ -438,9 +447,7 @@ def trees_loss(model, packs, config, reference):
 def update_on_trees(model, optimizer, roots, config, reference=None):
     """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
 
-    The mean is over all tokens of the trees' trajectories, so that every method divides by the same
-    number. Trees without advantage count in it, but are run only for the KL: else their gradient
-    is 0. Micro-batches and processes add up to the gradient of the whole batch.
+    Trees without advantage count in the mean, but are run only for the KL.
     """
     packs = [pack_tree(root, step_advantages(root, config)) for root in roots]
     sums = Counter(loss=0, tokens_trained=0, tokens_unique=0)
@@ -969,11 +976,10 @@ def chain_value(question):
     return expression
 
 def is_sound(question, text):
-    """Return whether a right response is right by more than luck.
+    """Return whether each line is one valid reduction of the line before, from question to answer.
 
-    Each line must be one valid reduction of the line before, from the question to the answer. A
-    reduction is valid where it leaves the value as it was: of "3+4*2=", "3+8\\n1\\n#1" is sound,
-    and "7*2\\n4\\n#4" or "#1" alone are not.
+    A reduction is valid where it leaves the value as it was. Of "3+4*2=" the only sound response is
+    "3+8\\n1\\n#1". "#1" alone is right by luck.
     """
     expression = question.rstrip("=")
     *lines, answer = text.split("\n")
@@ -1017,17 +1023,13 @@ def tiny_tokenizer():
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 def warm_start(config):
-    """Return the folder of a Qwen2 of 0.64 M parameters that has learnt demonstrations.
-
-    It is made once for each recipe, of which the folder's name has a checksum: of all settings that
-    go into it and of the shape of the model.
-    """
+    """Return the folder of a Qwen2 of 0.64 M parameters that has learnt demonstrations."""
     low, high = config.operands
     shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True)
+    # it is made once for each recipe, of which its name has a checksum
     recipe = [config.habit, config.operands, config.warm_steps, config.prompt, shape]
-    checksum = zlib.crc32(json.dumps(recipe).encode())
-    folder = Path(f"runs/warm_start-habit-{config.habit}-{checksum:08x}")
+    folder = Path(f"runs/warm_start-{zlib.crc32(json.dumps(recipe).encode()):08x}")
     if RANK > 0 or folder.exists():
         return folder
     torch.manual_seed(0)
@@ -1222,13 +1224,13 @@ def rollout_metrics(trajectories):
     tokens = own_tokens(trajectories)
     count = len(trajectories)
     rates = pass_rates(trajectories).values()
-    mixed = sum(0 < rate < 1 for rate in rates)  # problems with right and wrong responses
     right = {(t.group, t.text) for t in trajectories if t.reward}
     entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
     cut = sum(not t.complete for t in trajectories)
     answered = sum(extract_answer(t.text) is not None for t in trajectories)
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
-            "eff_rate": mixed / len(rates), "distinct_correct": len(right) / len(rates),
+            "eff_rate": sum(0 < rate < 1 for rate in rates) / len(rates),
+            "distinct_correct": len(right) / len(rates),
             "pass@k": sum(rate > 0 for rate in rates) / len(rates),
             "cut": cut / count, "answered": answered / count,
             "tokens_sampled": tokens, "trajectories": count}

@@ -8,11 +8,12 @@
     python iiblpo.py --method grpo                           # a baseline; every setting is a flag
     python iiblpo.py --model Qwen2.5-0.5B --out runs/qwen    # a real model, on one GPU
 
-Left out: vLLM, sharding, rewards other than right or wrong. Unlike in the released code,
-latents learn through the policy that they steer, and pseudo self-attention is the paper's.
+Left out: vLLM, sharding, rewards other than right or wrong. Unlike in the released code, latents
+learn through the policy that they steer.
 
-Marks: [P] the paper, [C] the released code, [O] our own choice; others name a source. Shapes: B
-rows, T response tokens, V vocabulary, H width, Z latent dimensions. Entropies, ln π are in nats.
+Marks: [P] the paper's abstract, figures and tables, [P, reported] what others report of its text,
+which we could not read, [C] the released code, [O] our own choice; others name their source.
+Shapes: B rows, T response tokens, V vocabulary, H width, Z latent dimensions. Nats throughout.
 """
 import ast
 import contextlib
@@ -128,8 +129,6 @@ class Config:
             self.clip_high = max(0.28, self.clip_high)  # clip-higher
         if self.method == "iiblpo" and self.rollouts <= self.initial:
             fail("initial must be below rollouts: branches get the rest of them")
-        if self.psa_halflife == 0:
-            fail("psa_halflife must be above 0; 1e9 tokens are as good as no decay")
 
 
 @dataclass(eq=False)
@@ -155,16 +154,22 @@ class Trajectory:
 
 
 # ==== Stage 1: entropy-driven latent branching
-#   [P] token entropy          H_t = -Σ_v p_t(v) ln p_t(v)
-#   [P] where it hesitates     Ω = the top ρ of a response's positions by H_t,  t* ~ Uniform(Ω)
-#   [P] a latent a branch      c = (q, o_<t*),  z_1 ... z_K ~ p_ψ(z | c)
-#   [P] pseudo self-attention  K' = [γ W_K z ; K],  V' = [γ W_V z ; V],  w' = w + γ W_N z
-# w: an input norm's weights. o_t* is decided again: H_t* is the entropy of its choice [O, not C].
+#   token entropy          H_t = -Σ_v p_t(v) ln p_t(v)                                 [P]
+#   where it hesitates     Ω = the top ρ of a response's positions by H_t              [P, reported]
+#                          t* ~ Uniform(Ω); the released code takes the argmax         [P, reported]
+#   the prefix             c = (q, o_<t*)                                              [O]
+#   a latent per branch    z_1 ... z_K ~ p_ψ(z | c)                                    [P]
+#   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V],  norms w' = w + w_z        [P]
+#                          w_z decays over the tokens generated after t*               [P, reported]
+#   its maps               k_z = γ W_K z,  v_z = γ W_V z,  w_z = γ 2^(-age/half-life) W_N z      [O]
+# The paper's figure and the released code keep o_t* in c. Here it is decided again, because H_t* is
+# the entropy of its choice. Responses are sampled without truncation; the code has top-p 0.9. [O]
 
 def branch_positions(entropy, mask, top_frac, generator=None):
-    """t* of each response, [B], from the floor(ρ n) >= 1 positions of highest entropy [B, T].
+    """Return t* of each response, [B], drawn from its positions of highest entropy; both: [B, T].
 
-    EOS is one of the n candidates, the first token is not [C]; without any, t* = 0.
+    Of n tokens these are the floor(ρ n) of highest entropy, at least one. EOS is a candidate. [C]
+    The first token is one, too; the released code leaves it out. [O]
     """
     positions = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
@@ -175,18 +180,18 @@ def branch_positions(entropy, mask, top_frac, generator=None):
     return positions
 
 def prefixes_to_branch(parents, config):
-    """The prefix c = (q, o_<t*) of each response."""
+    """Return the prefix c = (q, o_<t*) of each response."""
     entropy = pad([t.entropy for t in parents], padding_value=-1)
     positions = branch_positions(entropy, entropy > -1, config.top_frac).tolist()
     return [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], start=n,
-                    is_branch=True)
-            for t, n in zip(parents, positions)]
+                    is_branch=True) for t, n in zip(parents, positions)]
 
 class LatentCVAE(torch.nn.Module):
-    """Prior p_ψ(z | c) and posterior q_φ(z | c, o_>=t*): three-layer MLPs, diagonal Gaussians. [C]
+    """The prior p_ψ(z | c) and the posterior q_φ(z | c, o_>=t*) of a conditional VAE. [P]
 
-    They see e(c) and e(o_>=t*), [B, H], the policy's mean last hidden states, standardised [O] (the
-    authors use a DeBERTa encoder). The decoder is the policy itself, see `latent_loss`.
+    Both are three-layer MLPs that give diagonal Gaussians. [C]
+    They see e(c) and e(o_>=t*), [B, H]: the policy's mean last hidden states of prefix and
+    continuation, where the released code has a DeBERTa encoder. [O]
     """
 
     def __init__(self, width, z_dim):
@@ -204,24 +209,25 @@ class LatentCVAE(torch.nn.Module):
         return torch.distributions.Normal(mean, (logvar.clamp(-8, 8) / 2).exp())
 
     def prior(self, prefix):
-        """p_ψ(z | c), a Normal over [B, Z]."""
+        """Return p_ψ(z | c), a Normal over [B, Z]."""
         return self.gaussian(self.prior_net(prefix))
 
     def posterior(self, prefix, continuation):
-        """q_φ(z | c, o_>=t*), a Normal over [B, Z]."""
+        """Return q_φ(z | c, o_>=t*), a Normal over [B, Z]."""
         return self.gaussian(self.posterior_net(torch.cat([prefix, continuation], -1)))
 
     def sample(self, prefix, k):
-        """k latents of each prefix from the prior, [B, k, Z]."""
+        """Return k latents of each prefix from the prior, [B, k, Z]."""
         return self.prior(prefix).sample((k,)).transpose(0, 1)
 
 class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
-    The hooks stay on `model` but do nothing outside a `with psa.steer(...)` block. The slot stands
-    at RoPE position 0, where rotation does nothing. A row's latent is `born` in the column whose
-    state produces o_t*, and seen by columns of age = column - born >= 0. It takes attention at any
-    γ > 0 and is gone at 0.
+    It enters the last four layers, and its maps begin at std 0.01. [C]
+    The maps are linear, one per layer. The slot stands at RoPE position 0, where rotation does
+    nothing. A row's latent is `born` in the column whose state produces o_t*, and is seen by the
+    columns of age = column - born >= 0. [O] It takes attention at any γ > 0 and is gone at γ = 0.
+    The hooks stay on `model` but do nothing outside a `with psa.steer(...)` block.
     """
 
     def __init__(self, model, config):
@@ -234,9 +240,9 @@ class PseudoSelfAttention(torch.nn.Module):
         self.to_value = torch.nn.Linear(config.z_dim, math.prod(self.shape), bias=False)  # W_V
         self.to_norm = torch.nn.Linear(config.z_dim, width, bias=False)  # W_N
         for weight in self.parameters():
-            torch.nn.init.normal_(weight, std=0.01)  # [C]
+            torch.nn.init.normal_(weight, std=0.01)
         self.gamma = config.psa_gamma
-        self.halflife = config.psa_halflife
+        self.halflife = max(config.psa_halflife, 1e-9)
         self.steering = False
         transformers.AttentionInterface.register("psa", psa_attention)
         transformers.AttentionMaskInterface.register("psa", visible_mask)
@@ -276,7 +282,7 @@ class PseudoSelfAttention(torch.nn.Module):
             self.columns += Q
 
     def modulate(self, i, norm, args, output):
-        """After layer i's input norm: w x̂ + δ x̂ = (w + δ) x̂, δ = γ W_N z, which may fade. [P]"""
+        """Turn the output w x̂ of layer i's input norm into (w + w_z) x̂; w_z decays with age."""
         if not self.steering:
             return output
         x = args[0]
@@ -301,11 +307,12 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 def latent_loss(model, latents, batch, prefix, continuation, above):
-    """-Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ, mean over rows; the KL only of
-    dimensions that are `above` [Z] what is free. The decoder is the frozen policy, steered by z
-    [O]: latents that decode into a feature [C] were measured to do nothing to what it says.
+    """Return the mean over rows of -Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ.
 
-    prefix, continuation: [B, H]. Also returns ln π of the rows [B] and the KL [Z].
+    prefix, continuation: [B, H]. Only the latent dimensions that are `above` [Z] the free nats are
+    penalised. Also return ln π of the rows [B] and the KL [Z]. The decoder is the frozen policy,
+    steered by z: latents that decode into a feature, as in the released code, were measured to do
+    nothing to what the policy says. The factor 1/2 and the free nats are ours, too. [O]
     """
     cvae, psa = latents
     prior, posterior = cvae.prior(prefix), cvae.posterior(prefix, continuation)
@@ -315,32 +322,12 @@ def latent_loss(model, latents, batch, prefix, continuation, above):
     kl = torch.distributions.kl_divergence(posterior, prior).mean(0)
     return 0.5 * kl[above].sum() - logp.mean(), logp, kl
 
-def alternatives(model, tokenizer, problems, config):
-    """What the latents learn from: continuations from t*, after each of the 4 likeliest tokens
-    there with p > 0.01, so that rare next tokens count as much as usual ones [O]; and how many
-    tokens were sampled for it.
-    """
-    begun = []
-    eos = model.generation_config.eos_token_id
-    parents = sample(model, tokenizer, problems, config)
-    for t in prefixes_to_branch(parents, config):
-        ids = torch.tensor([t.prompt + t.response], device=DEVICE)
-        with torch.no_grad(), autocast():
-            p = model(ids, logits_to_keep=1).logits[0, -1].float().softmax(-1)
-        for token in p.topk(4).indices.tolist():
-            goes_on = token not in eos and t.start + 1 < config.max_new_tokens
-            if goes_on and p[token] > 0.01:
-                begun.append(replace(t, response=t.response + [token]))  # not in logps
-    pairs = sample(model, tokenizer, begun[:math.ceil(config.cvae_pairs / WORLD)], config)
-    tokens = own_tokens(parents) + own_tokens(pairs)
-    return [replace(t, start=t.start - 1) for t in pairs], tokens  # the forced token is part of it
-
 @torch.no_grad()
 def branch(model, tokenizer, latents, parents, config, budget=math.inf):
-    """K branches from t* of every parent, each with a latent of its own.
+    """Sample K branches from t* of every parent, each with a latent of its own. [P]
 
-    latents: (cvae, psa), or [] for the same places without latents. Every parent's first branch
-    comes before any second one, until `budget` is spent, were each to end where its parent ends.
+    latents: (cvae, psa), or [] for the same places without latents. Branches are begun in turn over
+    the parents until `budget` tokens are spent, if each is as long as its parent. [O]
     """
     prefixes = prefixes_to_branch(parents, config)
     begun = []
@@ -368,14 +355,21 @@ def born_columns(batch):
     return torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)
 
 # ==== Stage 2: information-bottleneck filter and self-reward
-#   [P] S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r
-#   [O] Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|, r̄: r before its answer
-#   [O] Î(q; r) = Ĥ(r) / mean of Ĥ over the prompt's responses, Ĥ(r) = Σ_t H_t
-#   [C] self-reward: κ mean_t(A H_t), as in [arXiv 2507.18391]; A: the advantage, below
+#   score         S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r               [P]
+#   answer term   Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|        [O]
+#   prompt term   Î(q; r) = Σ_t (h - H_t)                                             [O]
+#   filter        of the K branches of a rollout the N of highest S_IB stay           [P]
+#                 here: a contrast within each reward of a prompt, see select_top_n   [O]
+#   self-reward   S_IB itself                                                         [P]
+#                 its surrogate is κ mean_t(A H_t), A the advantage below             [C]
+# r̄ is r before its answer, cue the text that opens an answer, |a*| the answer's number of tokens.
+# Why Σ_t (h - H_t): I(q; r) = H(r) - H(r | q). H_t is a token's part of H(r | q), and h, the
+# entropy of the batch's token frequencies, its part of H(r), where the prompt is not known.
+# So long responses and loops (H_t = 0) cost most. The surrogate is IBRO's [arXiv 2507.18391].
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
-    """Î(r; a*), [B], by the policy without latents."""
+    """Return Î(r; a*), [B], by the policy without latents."""
     cue = "#"  # what opens an answer
     if "####" in config.prompt:
         cue = "#### "
@@ -395,11 +389,9 @@ def answer_gain(model, tokenizer, trajectories, config):
     return means[0::2] - means[1::2]  # with what the response says before, and without
 
 def frequency_entropy(trajectories):
-    """Return h: the entropy of the frequencies of the tokens that the trajectories sampled. [O]"""
-    counts = Counter()
-    for t in trajectories:
-        counts.update(t.response[t.start:])
-    p = torch.tensor(list(counts.values())) / counts.total()
+    """Return h: the entropy of the frequencies of the tokens that the trajectories sampled."""
+    tokens = torch.cat([torch.tensor(t.response[t.start:]) for t in trajectories])
+    p = tokens.unique(return_counts=True)[1] / len(tokens)
     return -(p * p.log()).sum().item()
 
 def prompt_information(entropy, mask, h):
@@ -409,8 +401,7 @@ def prompt_information(entropy, mask, h):
 def trajectory_ib_score(answer_gain, entropy, mask, groups, beta, h):
     """Return S_IB [B] of responses; answer_gain, groups: [B], entropy, mask: [B, T], h in nats.
 
-    Each term is standardised over the responses to the same prompt, as rewards are in
-    `group_advantages`, so that beta = 1 gives both the same weight [O].
+    Each term is standardised over a prompt's responses, so that beta = 1 weighs both alike. [O]
     """
     information = prompt_information(entropy, mask, h)
     return beta * group_advantages(answer_gain, groups) - group_advantages(information, groups)
@@ -418,40 +409,39 @@ def trajectory_ib_score(answer_gain, entropy, mask, groups, beta, h):
 def select_top_n(candidates, keep):
     """Return the candidates that the filter keeps, in order.
 
-    Initial rollouts always stay. The branches of one prompt with the same reward compete with each
-    other, and the share `keep` of them stays, rounded up: of the right ones those of highest S_IB,
-    of the wrong ones those of lowest S_IB. At equal S_IB the shorter one stays. [O]
+    Initial rollouts always stay. Of a prompt's branches with the same reward the share `keep`
+    stays, rounded up: of the right ones those of highest S_IB, of the wrong ones those of lowest
+    S_IB. At equal S_IB the shorter one stays. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
         if t.is_branch:
             rivals[t.group, t.reward].append(t)
     dropped = set()
-    for (_, reward), branches in rivals.items():
-        sign = 1 if reward > 0 else -1
-        branches.sort(key=lambda t: (-sign * t.score, len(t.response)))
+    for branches in rivals.values():
+        branches.sort(key=lambda t: (-t.score if t.reward else t.score, len(t.response)))
         dropped.update(branches[math.ceil(keep * len(branches)):])
     return [t for t in candidates if t not in dropped]
 
 def ib_self_reward(entropy, advantages, mask):
-    """mean_t(A H_t), with a gradient through H_t; entropy, mask: [B, T], advantages: [B]. [C]"""
+    """Return mean_t(A H_t), with a gradient through H_t; entropy, mask: [B, T], advantages: [B]."""
     return (advantages[:, None] * entropy * mask).sum() / mask.sum()
 
 def set_scores(model, tokenizer, candidates, config):
     """Write S_IB into all candidates of a batch of problems."""
     gain = answer_gain(model, tokenizer, candidates, config)
     entropy = pad([t.entropy for t in candidates], padding_value=-1)
-    mask = entropy >= 0
     groups = torch.tensor([t.group for t in candidates])
     h = frequency_entropy(candidates)
-    scores = trajectory_ib_score(gain, entropy, mask, groups, config.beta, h)
+    scores = trajectory_ib_score(gain, entropy, entropy >= 0, groups, config.beta, h)
     for t, score in zip(candidates, scores.tolist()):
         t.score = score
 
 def explore(model, tokenizer, latents, problems, config):
     """Go through stages 1 and 2 with a batch of problems; return (all candidates, those kept).
 
-    The candidates are expected to cost at most as many tokens as `rollouts` responses [O].
+    The candidates are expected to cost at most as many tokens as `rollouts` responses. [O]
+    What "iterative" means in the paper we could not find: `ib_rounds` branches what was kept. [O]
     """
     candidates = sample(model, tokenizer, problems * config.initial, config)
     kept = candidates
@@ -468,16 +458,20 @@ def explore(model, tokenizer, latents, problems, config):
     return candidates, kept
 
 # ==== Update
-#   [GRPO, O]     A = n/k (R - mean) / (std + 1e-4)
-#   [O]           r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)
-#   [GRPO, O, C]  L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)
-# mean, std: of all candidates of a prompt; n of them have reward R, k of these are kept.
-# r_t: the bare policy over the one that sampled, so that what latents find goes into the policy.
+#   advantage  A = (R - mean) / (std + 1e-4)                                  [GRPO]
+#              mean, std over all candidates of a prompt, not only those kept  [O]
+#              times n/k: n candidates have reward R, k of them are kept       [O]
+#   ratio      r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)              [O]
+#   loss       L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)   [P]
+#              the bound of 3 is verl's dual clip                              [C]
+#              mean_t is over all own tokens, those of advantage 0 included    [O]
+# The ratio is the bare policy's probability over that of the steered one, which sampled. So it is a
+# token's importance weight, and the policy learns what latents find. In C π_old has no latent.
 
 def group_advantages(rewards, groups, eps=1e-4):
-    """(R - mean) / (std + eps) over the responses to the same prompt; all [B]. [GRPO]
+    """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
 
-    The standard deviation is the population's, so that a group of one has advantage 0 [O].
+    The standard deviation is the population's, so that a group of one has advantage 0. [O]
     """
     advantages = torch.zeros_like(rewards)
     for g in groups.unique():
@@ -488,8 +482,8 @@ def group_advantages(rewards, groups, eps=1e-4):
 def set_advantages(candidates, kept):
     """Write advantages, relative to all candidates of a prompt, into the trajectories.
 
-    Those kept of a reward get the weight of all candidates that had it. Otherwise the filter would
-    change how much right and wrong responses count, for it drops more of the more frequent. [O]
+    Those kept of a reward get the weight of all candidates that had it, because otherwise the
+    filter would change how much right and wrong responses count. [O]
     """
     rewards = torch.tensor([t.reward for t in candidates])
     groups = torch.tensor([t.group for t in candidates])
@@ -501,18 +495,19 @@ def set_advantages(candidates, kept):
         t.advantage *= sampled[t.group, t.reward] / left[t.group, t.reward]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """-mean_t min(min(r_t, 3) A, clip(r_t, 1 - clip_low, 1 + clip_high) A), r_t = π / π_old. [GRPO]
+    """Return -mean_t min(min(r_t, 3) A, clip(r_t, 1 - clip_low, 1 + clip_high) A), and statistics.
 
-    logp, old_logp, mask (or weights of tokens): [B, T]; advantages: [B] or [B, T]. The mean is over
-    all tokens [DAPO]; the 3: [arXiv 1912.09729]. Also the mean ratio and the share of tokens cut.
+    r_t = π / π_old. logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or weights of
+    tokens. The clip is PPO's, as GRPO has it. Where A < 0 it does not bound r_t, so the dual clip
+    does [arXiv 1912.09729]. The statistics are the mean ratio and the share of tokens cut.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
-    bounded = ratio.clamp(max=3.0)  # where A < 0, too, no token outweighs a batch
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective = torch.minimum(bounded * advantages, clipped * advantages)
-    cut = objective != ratio * advantages
+    objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
+    too_high = (advantages > 0) & (ratio > 1 + config.clip_high) | (advantages < 0) & (ratio > 3.0)
+    cut = too_high | (advantages < 0) & (ratio < 1 - config.clip_low)
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
@@ -539,10 +534,8 @@ def responses_loss(model, batch, config):
 def update(model, optimizer, batch, config):
     """Take `updates_per_step` optimizer steps on a batch; return means over its tokens.
 
-    A branch is trained from t* on, because its prefix belongs to its parent [C]. The mean is over
-    all own tokens of the batch, so that every method divides by the same number. Responses of
-    advantage 0 count in it, but are run only for the entropy bonus: else their gradient is 0.
-    Micro-batches and processes add up to the gradient of the whole batch.
+    A branch is trained from t* on, because its prefix belongs to its parent. [C]
+    Responses of advantage 0 count in the mean, but are run only if their entropy is rewarded.
     """
     sums = Counter(loss=0, tokens_trained=0)
     norm = 0.0
@@ -720,9 +713,9 @@ def features(model, batch, config):
 def baseline_rollouts(model, tokenizer, shuffled, config):
     """Sample `rollouts` responses to each of the first problems of `shuffled`.
 
-    Return (all of them, those to train on). dapo leaves out problems whose responses all have the
-    same reward, because their advantages are 0, and samples others in their place, up to twice. It
-    also leaves out responses that were cut at the length limit.
+    Return (all of them, those to train on). dapo leaves out problems whose rewards are all equal,
+    because their advantages are 0, and samples others in their place, up to twice. It also leaves
+    out responses that were cut at the length limit.
     """
     dapo = config.method == "dapo"
     missing = wanted = len(share(shuffled[:config.prompts_per_step]))
@@ -734,9 +727,7 @@ def baseline_rollouts(model, tokenizer, shuffled, config):
         waiting = waiting[missing:]
         mixed = {group for group, rate in pass_rates(candidates).items() if 0 < rate < 1}
         missing = wanted - len(mixed)
-    if not dapo:
-        return candidates, candidates
-    return candidates, [t for t in candidates if t.complete and t.group in mixed]
+    return candidates, [t for t in candidates if not dapo or t.complete and t.group in mixed]
 
 def show(config):
     """Print how a held-out problem is explored; after a run, with --model RUN/model."""
@@ -752,13 +743,14 @@ def show(config):
     print(f"{problem.question}  answer {problem.gold}; ▸ is t*")
     for t in candidates:
         fate = "kept" if t in kept else "dropped"
-        print(f"\nreward {t.reward:.0f}, Ĥ {t.entropy.sum():.2f}, S_IB {t.score:+.2f}, {fate}:")
+        print(f"\nreward {t.reward:.0f}, S_IB {t.score:+.2f}, {fate}:")
         print(tokenizer.decode(t.response[:t.start]) + "▸" + tokenizer.decode(t.response[t.start:]))
     return candidates
 
-# Difficulty-sensitive attention heads [P]: a prompt's difficulty is 1 - its pass rate. A ridge
-# probe predicts it from a head's output at the prompt's last token; the head's score is the
-# Spearman correlation of the two on prompts that the probe has not seen.
+# Difficulty-sensitive attention heads: an analysis that localises them is reported. [P, reported]
+# The recipe is ours, after [arXiv 2510.05969]: a prompt's difficulty is 1 minus its pass rate. A
+# ridge probe predicts it from a head's output at the prompt's last token. The head's score is the
+# Spearman correlation of the two on prompts that the probe has not seen. [O]
 
 @torch.no_grad()
 def head_outputs(model, problems):
@@ -1228,11 +1220,10 @@ def chain_value(question):
     return expression
 
 def is_sound(question, text):
-    """Return whether a right response is right by more than luck.
+    """Return whether each line is one valid reduction of the line before, from question to answer.
 
-    Each line must be one valid reduction of the line before, from the question to the answer. A
-    reduction is valid where it leaves the value as it was: of "3+4*2=", "3+8\\n1\\n#1" is sound,
-    and "7*2\\n4\\n#4" or "#1" alone are not.
+    A reduction is valid where it leaves the value as it was. Of "3+4*2=" the only sound response is
+    "3+8\\n1\\n#1". "#1" alone is right by luck.
     """
     expression = question.rstrip("=")
     *lines, answer = text.split("\n")
@@ -1276,17 +1267,13 @@ def tiny_tokenizer():
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 def warm_start(config):
-    """Return the folder of a Qwen2 of 0.64 M parameters that has learnt demonstrations.
-
-    It is made once for each recipe, of which the folder's name has a checksum: of all settings that
-    go into it and of the shape of the model.
-    """
+    """Return the folder of a Qwen2 of 0.64 M parameters that has learnt demonstrations."""
     low, high = config.operands
     shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True)
+    # it is made once for each recipe, of which its name has a checksum
     recipe = [config.habit, config.operands, config.warm_steps, config.prompt, shape]
-    checksum = zlib.crc32(json.dumps(recipe).encode())
-    folder = Path(f"runs/warm_start-habit-{config.habit}-{checksum:08x}")
+    folder = Path(f"runs/warm_start-{zlib.crc32(json.dumps(recipe).encode()):08x}")
     if RANK > 0 or folder.exists():
         return folder
     torch.manual_seed(0)
@@ -1481,13 +1468,13 @@ def rollout_metrics(trajectories):
     tokens = own_tokens(trajectories)
     count = len(trajectories)
     rates = pass_rates(trajectories).values()
-    mixed = sum(0 < rate < 1 for rate in rates)  # problems with right and wrong responses
     right = {(t.group, t.text) for t in trajectories if t.reward}
     entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
     cut = sum(not t.complete for t in trajectories)
     answered = sum(extract_answer(t.text) is not None for t in trajectories)
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
-            "eff_rate": mixed / len(rates), "distinct_correct": len(right) / len(rates),
+            "eff_rate": sum(0 < rate < 1 for rate in rates) / len(rates),
+            "distinct_correct": len(right) / len(rates),
             "pass@k": sum(rate > 0 for rate in rates) / len(rates),
             "cut": cut / count, "answered": answered / count,
             "tokens_sampled": tokens, "trajectories": count}

@@ -181,7 +181,7 @@ def test_a_mistake_is_one_line_before_any_work(folder, capsys, flags, message):
 
 @each("script", [m, tpo])
 def test_every_number_has_its_range(script, capsys):
-    may_be_0 = ("seed max_tokens habit psa_layers psa_gamma keep "
+    may_be_0 = ("seed max_tokens habit psa_layers psa_gamma psa_halflife keep "
                 "kappa lr clip_low eval_every clip_high entropy_bonus top_frac max_grad_norm lam kl").split()
     may_be_0.append("beta" if script is m else "rollouts")
     for name, default in asdict(script.Config()).items():
@@ -255,9 +255,10 @@ def test_a_warm_start_is_made_once_and_never_in_halves(tmp_path, monkeypatch, ca
     monkeypatch.setattr(torch.optim, "Muon", None)  # it is not trained again
     assert m.warm_start(config(*flags)) == made and m.main(flags)["after"]["length"] > 0
     assert sum(p.numel() for p in m.load_policy(config(*flags))[0].parameters()) == 643_328
-    for change in (["--warm_steps", 2], ["--habit", 0.5], ["--operands", 2, 4], ["--prompt", "{question}"]):
+    changes = ["--warm_steps 2", "--habit 0.5", "--operands 2 4", "--prompt {question}"]
+    for change in changes:
         with pytest.raises(TypeError):
-            m.warm_start(config(*flags, *change))  # another one
+            m.warm_start(config(*flags, *change.split()))  # another one
 
 ROWS = [{"question": f"What is {i}+{i}?", "answer": f"It is.\n#### {2 * i}"} for i in range(40)]
 
@@ -449,7 +450,10 @@ def test_micro_batches():
 # ---- stage 1
 
 def test_branch_positions():
-    H = tensor([[9., .1, .8, .3, .7, 5.], [9., 8., 9., .2, .1, 0.], [1.] * 6, [9., 1., 2., 3., 4., 5.]])
+    H = tensor([[9., .1, .8, .3, .7, 5.],
+                [9., 8., 9., .2, .1, 0.],
+                [1., 1., 1., 1., 1., 1.],
+                [9., 1., 2., 3., 4., 5.]])
     mask = torch.arange(6) < tensor([5, 2, 1, 6])[:, None]
     # row 0: {0, 2} are the top 2 of 5; row 1: one of two; row 2: a single token;
     # row 3: {0, 4, 5} are the top half, of which 0 is the first token and 5 is EOS
@@ -595,7 +599,8 @@ def test_prompt_information_averages_to_the_mutual_information():
     by_enumeration = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert found.item() == approx(by_enumeration, abs=1e-6)
     prefixed = m.Trajectory([0], response=[9, 3], start=1)  # the prefix is its parent's
-    assert m.frequency_entropy(batch[:4] + [prefixed]) == approx(-0.8 * math.log(0.8) - 0.2 * math.log(0.2))
+    four_to_one = -0.8 * math.log(0.8) - 0.2 * math.log(0.2)
+    assert m.frequency_entropy(batch[:4] + [prefixed]) == approx(four_to_one)
 
 def test_ib_score_by_hand():
     # h = 2; prompt 0: Î(q; r) = (2 - 1) + (2 - 0) = 3 and 2 - 1 = 1; prompt 5 has one response
@@ -698,7 +703,7 @@ def test_evaluation_by_hand(monkeypatch, tmp_path):
                ["#5", "#5", "#5", "4\n#4", "x\n#4"]]  # of gold 4
     monkeypatch.setattr(m, "sample", lambda model, tokenizer, problems, config, greedy=False: [
         replace(t, text=answers[t.group].pop(0), response=[1, 1, 1]) for t in problems])
-    problems = [m.Trajectory([], question=q, gold=gold) for q, gold in (("3+4*2=", "1"), ("9-5=", "4"))]
+    problems = [m.Trajectory([], "3+4*2=", "1"), m.Trajectory([], "9-5=", "4")]
     found = m.evaluate(None, None, problems, config("--eval_samples", 4), tmp_path / "s")
     assert found == approx({"greedy": 1 / 2, "pass@1": (3 / 4 + 2 / 4) / 2, "pass@k": 1, "maj@k": 1 / 2,
                             "length": 3, "distinct_1": (6 / 8 + 4 / 6) / 2, "distinct_4": 0,
@@ -707,7 +712,8 @@ def test_evaluation_by_hand(monkeypatch, tmp_path):
     answers[:] = [["", "", "", "", "#1"], ["", "", "", "", ""]]  # who does not answer has no vote
     assert m.evaluate(None, None, problems, config("--eval_samples", 4))["maj@k"] == 1 / 2
     lines = [json.loads(x) for x in (tmp_path / "s").read_text().splitlines()]
-    assert lines[2] == {"question": "3+4*2=", "answer": "1", "response": "2 #2", "reward": 0.0} and len(lines) == 8
+    assert lines[2] == {"question": "3+4*2=", "answer": "1", "response": "2 #2", "reward": 0.0}
+    assert len(lines) == 8
 
 def test_a_sound_response_goes_from_the_question_to_the_answer_by_valid_reductions():
     assert m.is_sound("3+4*2=", "3+8\n1\n#1")
@@ -724,7 +730,8 @@ def test_a_sound_response_goes_from_the_question_to_the_answer_by_valid_reductio
 def explored(monkeypatch, *flags):
     """A step of the method up to its update, with known latents."""
     model, c, latents = steered(
-        *"--branches 3 --initial 2 --keep .6 --top_frac .3 --kappa .2 --beta .7 --max_grad_norm 1e9".split(), *flags)
+        *"--branches 3 --initial 2 --keep .6 --top_frac .3 --kappa .2 --beta .7".split(),
+        "--max_grad_norm", 1e9, *flags)
     monkeypatch.setattr(m, "judge", by_checksum)
     drawn = catch_latents(monkeypatch, latents[0])
     problems = m.share(m.encode([("1+2*3=", "7"), ("9-4=", "15")], model, TINY, c))
@@ -812,7 +819,8 @@ def test_the_ratio_of_a_branch_is_its_importance_weight(monkeypatch):
     first, then = (m.update(model, grabber(model), batch, c) for batch in (candidates[:4], candidates[4:]))
     assert first["ratio"] == approx(1, abs=1e-5) and first["clipped"] == 0
     weights = torch.cat([(teacher_forced(model, t)[0] - t.logps)[t.start:] for t in candidates[4:]]).exp()
-    assert then["ratio"] == approx(weights.mean().item(), abs=1e-4) and (weights - 1).abs().max() > 0.1
+    assert then["ratio"] == approx(weights.mean().item(), abs=1e-4)
+    assert (weights - 1).abs().max() > 0.1
     assert then["clipped"] == approx((weights > 1.2).float().mean().item())
     with monkeypatch.context() as patch:  # an ablation
         steer_the_update_too(patch.setattr)
@@ -1404,7 +1412,8 @@ def test_what_stands_in_both_scripts_is_in_the_same_words():
     ours["Trajectory"] = [line for line in ours["Trajectory"] if not line.strip().startswith(own)]
     both = set(ours) & set(theirs) - {"", "Config", "Trajectory", "prepare", "check_policy", "training_step", "show"}
     assert [name for name in both if ours[name] != theirs[name]] == []
-    assert len(both) >= 40 and sum(len(ours[x]) for x in both if "def " in "".join(ours[x][:2])) <= 570
+    functions = [ours[name] for name in both if "def " in "".join(ours[name][:2])]
+    assert len(both) >= 40 and sum(map(len, functions)) <= 570
 
 def test_split_steps():
     text = "Löse x.\n\nErst 3·4 = 12 😀.\n\n\nThen: **done**.\n\n"
@@ -1458,7 +1467,8 @@ def test_a_tree_by_hand():
     # TreeRL: a (1/3 + 1/3)/√3;  b (1/6 - 1/6)/√2;  c 2/3 + 1/2;  d -1/3 - 1/2;  e 2/3 + 1/3;
     # f (-1/3 - 1/3)/√2;  g -1/3 - 1/3;  h -1/3 + 0
     treerl = tensor([2 / 27 ** 0.5, 0, 7 / 6, -5 / 6, 1, -r / 3, -2 / 3, -1 / 3])
-    kinds = {"gl": gl, "ib": ib, "gl+ib": gl + 0.1 * ib, "grpo": gl * std / (std + 1e-4), "treerl": treerl}
+    grpo = gl * std / (std + 1e-4)
+    kinds = {"gl": gl, "ib": ib, "gl+ib": gl + 0.1 * ib, "grpo": grpo, "treerl": treerl}
     for kind, A in kinds.items():
         found = tpo.step_advantages(root, tree_config("--beta", 5, "--lam", 0.1, "--advantage", kind))
         assert [found[node[s]] for s in "abcdefgh"] == approx(A.tolist(), abs=1e-6) and len(found) == 8
@@ -1752,11 +1762,11 @@ ABLATIONS = {"iiblpo_no_latents": "iiblpo.py --branch_mode random",
              "iiblpo_no_filter": "iiblpo.py --keep 1", "iiblpo_no_self_reward": "iiblpo.py --kappa 0",
              "ib_tpo_lambda0": "ib_tpo.py --lam 0", "ib_tpo_paper": "ib_tpo.py --beta 5 --lam 0.1",
              "ib_tpo_independent": "ib_tpo.py --sampler independent", "ib_tpo_random": "ib_tpo.py --sampler random",
-             "ib_tpo_entropy": "ib_tpo.py --sampler entropy"}
+             "ib_tpo_entropy": "ib_tpo.py --sampler entropy",
+             "treerl": "ib_tpo.py --sampler entropy --advantage treerl"}
 EVIDENCE = [("default", name, METHODS[name], range(8)) for name in METHODS]  # setting, name, command, seeds
 EVIDENCE += [(setting, name, f"{METHODS[name]} {SETTINGS[setting]}", range(6))
-             for setting in SETTINGS for name in METHODS if name != "dapo" and (setting, name) != ("long", "iiblpo")]
-EVIDENCE += [("long", "iiblpo", "iiblpo.py --max_tokens 1600000", range(6))]
+             for setting in SETTINGS for name in METHODS if name != "dapo"]
 EVIDENCE += [("default", name, ABLATIONS[name], range(3)) for name in ABLATIONS]
 
 def background(script, *flags):
