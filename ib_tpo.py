@@ -140,9 +140,6 @@ class Trajectory:
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
-    is_branch: bool = False
-    score: float = 0.0  # S_IB
-    advantage: float = 0.0
 
     def __len__(self):
         return len(self.prompt) + len(self.response)
@@ -1101,17 +1098,25 @@ SPELLINGS = [  # LaTeX to Python, in this order; a unit or a list's brackets go 
     (r"^(?=.*\b[A-Za-z]\b)(?=.*\^(?!-?\d+\b(?!\.)|\(-?\d+\)))", "text: "),  # x^y: text
     (r"\^", "**")]
 
+def find_answer(text):
+    r"""Return a response's answer and where its marker begins: "so #### **5**" -> ("5", 3).
+
+    That is the last "\boxed{5}", else "\boxed 5", "#### 5" or "#5", else (None, len(text)).
+    """
+    def last(pattern):
+        return max(re.finditer(pattern, text), key=re.Match.start, default=None)
+    box, depth = last(r"\\f?box(?:ed)?\s*\{"), 0
+    for brace in re.compile("[{}]").finditer(text, box.end() - 1) if box else []:
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[box.end():brace.start()].strip(), box.start()
+    found = last(r"\\boxed\s+([^\s$]*[^\s$.,])") or last(r"(?<!#)####[^\S\n]*([^\s#].*)")
+    found = found or last(r"(?<!#)#([^\s#].*)")  # "# Check" and "### Check" are headings
+    return (found[1].split(" #")[0].strip("* \t\r"), found.start()) if found else (None, len(text))
+
 def extract_answer(text):
-    r"""The last \boxed{...}, else "\boxed 5", else what follows the last "#": "#### 5" -> "5"."""
-    _, boxed, tail = re.sub(r"\\f?box(ed)?\s*\{", r"\\boxed{", text).rpartition("\\boxed{")
-    depth = 1
-    for brace in re.finditer("[{}]", tail):
-        depth += 1 if brace.group() == "{" else -1
-        if boxed and depth == 0:
-            return tail[:brace.start()].strip()
-    found = re.findall(r"\\boxed\s+([^\s$]*[^\s$.,])", text)
-    found = found or re.findall(r"#[^\S\n]*([^\s#].*)", text)
-    return found[-1].strip() if found else None
+    r"""Return a response's answer, or None: "3+8\n1\n#1" -> "1"."""
+    return find_answer(text)[0]
 
 def value_of(node):
     """A syntax tree's real number, a letter being a transcendental one; else ValueError."""
@@ -1267,6 +1272,8 @@ def parse_config(script, argv):
         fail("prompt must contain {question}")
     if len(config.operands) != 2 or config.operands[0] > config.operands[1]:
         fail("operands must be the fewest and the most digits")
+    if config.dataset == "chain" and config.eval_dataset:
+        fail("the chain task has held-out problems of its own: leave out --eval_dataset")
     if config.model == "tiny" and config.dataset != "chain":
         fail(f"the tiny policy knows only digits: --dataset {config.dataset} needs a --model")
     if config.prompts_per_step < WORLD:
@@ -1408,7 +1415,7 @@ def start(config):
     return run
 
 def train(config):
-    """Evaluate, train until the steps or the tokens are spent, evaluate again; return the summary."""
+    """Evaluate, train until the budget is spent, evaluate again; return the summary."""
     run = start(config)
     model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
     tokens = sum(line["tokens_sampled"] for line in log)
@@ -1447,8 +1454,8 @@ def print_table(folder, summary):
     grpo = grpo / "summary.json"
     if grpo.exists() and grpo.parent != folder:
         other = json.loads(grpo.read_text(encoding="utf-8"))
-        alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps", "max_tokens",
-                 "eval_prompts", "eval_samples")
+        alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps",
+                 "max_tokens", "eval_prompts", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
@@ -1472,9 +1479,11 @@ def main(argv=None):
         fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
              f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
     except KeyboardInterrupt:
-        saved = (folder_of(config) / "state.pt").exists() and not config.show
-        print("interrupted:", "--resume goes on from the last checkpoint" if saved else
-              "there is no checkpoint yet, so the same command begins anew", file=sys.stderr)
+        training = not config.show
+        if training and (folder_of(config) / "state.pt").exists():
+            print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+        elif training:
+            print("interrupted before the first checkpoint: begin anew", file=sys.stderr)
         raise
 
 if __name__ == "__main__":

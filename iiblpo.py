@@ -367,26 +367,39 @@ def born_columns(batch):
 # entropy of the batch's token frequencies, its part of H(r), where the prompt is not known.
 # So long responses and loops (H_t = 0) cost most. The surrogate is IBRO's [arXiv 2507.18391].
 
+def cue_of(prompt):
+    """Return the text that opens an answer, in the form that the prompt asks for."""
+    if "\\boxed" in prompt:
+        return "\\boxed{"
+    return "#### " if "####" in prompt else "#"
+
+def answer_probe(t, said, cue, tokenizer):
+    """Return a trajectory whose own tokens are those of the gold answer behind `said` and the cue.
+
+    The whole text is tokenised together, because a tokenizer may have one token for the brace of
+    the cue and the first sign of the answer: "\\boxed{" and "\\frac12" meet in "{\\". The answer
+    begins where the ids depart from those of the text up to the cue.
+    """
+    given = tokenizer(said + cue, add_special_tokens=False).input_ids
+    whole = tokenizer(said + cue + t.gold, add_special_tokens=False).input_ids
+    return Trajectory(t.prompt, response=whole, start=len(os.path.commonprefix([given, whole])))
+
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
-    """Return Î(r; a*), [B], by the policy without latents."""
-    cue = "#"  # what opens an answer
-    if "####" in config.prompt:
-        cue = "#### "
-    if "\\boxed" in config.prompt:
-        cue = "\\boxed{"
-    probes = []
-    for t in trajectories:
-        answer = tokenizer(t.gold, add_special_tokens=False).input_ids
-        before = re.split(r"\\f?box|####|" + re.escape(cue), t.text)[0]  # its answer cut
-        for said in (before, ""):
-            given = tokenizer(said + cue, add_special_tokens=False).input_ids
-            probes.append(Trajectory(t.prompt, response=given + answer, start=len(given)))
+    """Return Î(r; a*), [B], in nats per answer token, by the policy without latents.
+
+    r̄, what a response says before its answer, ends where `find_answer` found that answer. [O]
+    """
+    cue = cue_of(config.prompt)
+    befores = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄
+    probes = [answer_probe(t, r, cue, tokenizer) for t, r in zip(trajectories, befores)]
+    probes += [answer_probe(t, "", cue, tokenizer) for t in trajectories]
     means = torch.zeros(len(probes))
     for rows in micro_batches([len(t) for t in probes], config.micro_tokens):
         logp, _, mask = token_logps(model, [probes[row] for row in rows])
         means[rows] = ((logp * mask).sum(1) / mask.sum(1)).cpu()
-    return means[0::2] - means[1::2]  # with what the response says before, and without
+    with_response, without = means.chunk(2)
+    return with_response - without
 
 def frequency_entropy(trajectories):
     """Return h: the entropy of the frequencies of the tokens that the trajectories sampled."""
@@ -607,6 +620,27 @@ def prepare(model, config):
              f"{type(model).__name__} has not; --branch_mode random and baselines take it")
     cvae = LatentCVAE(model.config.hidden_size, config.z_dim)
     return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
+
+def alternatives(model, tokenizer, problems, config):
+    """Return what the latents learn from, and how many tokens were sampled for it. [O]
+
+    These are the policy's own alternatives: at t* of a rollout each of the four likeliest tokens
+    with p > 0.01 is gone on from, so that rare choices count as much as usual ones.
+    """
+    begun = []
+    eos = model.generation_config.eos_token_id
+    parents = sample(model, tokenizer, problems, config)
+    for t in prefixes_to_branch(parents, config):
+        ids = torch.tensor([t.prompt + t.response], device=DEVICE)
+        with torch.no_grad(), autocast():
+            p = model(ids, logits_to_keep=1).logits[0, -1].float().softmax(-1)
+        for token in p.topk(4).indices.tolist():
+            goes_on = token not in eos and t.start + 1 < config.max_new_tokens
+            if goes_on and p[token] > 0.01:
+                begun.append(replace(t, response=t.response + [token]))  # not in logps
+    pairs = sample(model, tokenizer, begun[:math.ceil(config.cvae_pairs / WORLD)], config)
+    tokens = own_tokens(parents) + own_tokens(pairs)
+    return [replace(t, start=t.start - 1) for t in pairs], tokens
 
 @torch.no_grad()
 def check_policy(model, tokenizer, latents, problems, config):
@@ -1345,17 +1379,25 @@ SPELLINGS = [  # LaTeX to Python, in this order; a unit or a list's brackets go 
     (r"^(?=.*\b[A-Za-z]\b)(?=.*\^(?!-?\d+\b(?!\.)|\(-?\d+\)))", "text: "),  # x^y: text
     (r"\^", "**")]
 
+def find_answer(text):
+    r"""Return a response's answer and where its marker begins: "so #### **5**" -> ("5", 3).
+
+    That is the last "\boxed{5}", else "\boxed 5", "#### 5" or "#5", else (None, len(text)).
+    """
+    def last(pattern):
+        return max(re.finditer(pattern, text), key=re.Match.start, default=None)
+    box, depth = last(r"\\f?box(?:ed)?\s*\{"), 0
+    for brace in re.compile("[{}]").finditer(text, box.end() - 1) if box else []:
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[box.end():brace.start()].strip(), box.start()
+    found = last(r"\\boxed\s+([^\s$]*[^\s$.,])") or last(r"(?<!#)####[^\S\n]*([^\s#].*)")
+    found = found or last(r"(?<!#)#([^\s#].*)")  # "# Check" and "### Check" are headings
+    return (found[1].split(" #")[0].strip("* \t\r"), found.start()) if found else (None, len(text))
+
 def extract_answer(text):
-    r"""The last \boxed{...}, else "\boxed 5", else what follows the last "#": "#### 5" -> "5"."""
-    _, boxed, tail = re.sub(r"\\f?box(ed)?\s*\{", r"\\boxed{", text).rpartition("\\boxed{")
-    depth = 1
-    for brace in re.finditer("[{}]", tail):
-        depth += 1 if brace.group() == "{" else -1
-        if boxed and depth == 0:
-            return tail[:brace.start()].strip()
-    found = re.findall(r"\\boxed\s+([^\s$]*[^\s$.,])", text)
-    found = found or re.findall(r"#[^\S\n]*([^\s#].*)", text)
-    return found[-1].strip() if found else None
+    r"""Return a response's answer, or None: "3+8\n1\n#1" -> "1"."""
+    return find_answer(text)[0]
 
 def value_of(node):
     """A syntax tree's real number, a letter being a transcendental one; else ValueError."""
@@ -1511,6 +1553,8 @@ def parse_config(script, argv):
         fail("prompt must contain {question}")
     if len(config.operands) != 2 or config.operands[0] > config.operands[1]:
         fail("operands must be the fewest and the most digits")
+    if config.dataset == "chain" and config.eval_dataset:
+        fail("the chain task has held-out problems of its own: leave out --eval_dataset")
     if config.model == "tiny" and config.dataset != "chain":
         fail(f"the tiny policy knows only digits: --dataset {config.dataset} needs a --model")
     if config.prompts_per_step < WORLD:
@@ -1652,7 +1696,7 @@ def start(config):
     return run
 
 def train(config):
-    """Evaluate, train until the steps or the tokens are spent, evaluate again; return the summary."""
+    """Evaluate, train until the budget is spent, evaluate again; return the summary."""
     run = start(config)
     model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
     tokens = sum(line["tokens_sampled"] for line in log)
@@ -1691,8 +1735,8 @@ def print_table(folder, summary):
     grpo = grpo / "summary.json"
     if grpo.exists() and grpo.parent != folder:
         other = json.loads(grpo.read_text(encoding="utf-8"))
-        alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps", "max_tokens",
-                 "eval_prompts", "eval_samples")
+        alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps",
+                 "max_tokens", "eval_prompts", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
@@ -1718,9 +1762,11 @@ def main(argv=None):
         fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
              f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
     except KeyboardInterrupt:
-        saved = (folder_of(config) / "state.pt").exists() and not (config.show or config.probe_heads)
-        print("interrupted:", "--resume goes on from the last checkpoint" if saved else
-              "there is no checkpoint yet, so the same command begins anew", file=sys.stderr)
+        training = not (config.show or config.probe_heads)
+        if training and (folder_of(config) / "state.pt").exists():
+            print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+        elif training:
+            print("interrupted before the first checkpoint: begin anew", file=sys.stderr)
         raise
 
 if __name__ == "__main__":
