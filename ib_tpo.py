@@ -16,12 +16,12 @@ Marks: [P] the paper, after its abstract, its figures and detailed notes on it, 
 read its text; [O] our own choice; other marks name their source. Shapes: B rows, T response tokens,
 S tokens of a packed tree, V vocabulary, H width. Entropies and log-probabilities are in nats.
 """
-import ast
 import contextlib
 import copy
 import functools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -37,8 +37,8 @@ from typing import Literal
 
 import datasets
 import huggingface_hub
+import mpmath
 import pandas
-import sympy
 import torch
 import transformers
 import yaml
@@ -1070,33 +1070,9 @@ def judge(trajectories, config):
         else:
             t.reward = float(verify(answer, t.gold))
 
-MAX_LENGTH = 300  # a longer answer is wrong, one beyond value_of's limits is compared as text [O]
-DIGITS = 400
-UNIT = (r"%|(?: m|[ckm]m|kg|ft|feet|inch|hour|day|month|dollar|degree|people)(?:\^[23])?|(?<=[ })])"
-        r"(?!(?:time|equal|pair|halve|third|quarter|two|three|four|five|sixe|seven|eight|nine|ten|"
-        r"dozen|hundred|thousand|\w*illion|perhap)s)[a-z]{2,}[a-gj-rtv-z](?=s)")  # plurals
-NESTED = [(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)"),
-          (r"\\sqrt\{([^{}]*)\}|\bsqrt\(([^()]*)\)", r"((\1\2)^(1/2))"),
-          (r"\\sqrt\[(\d+)\]\{([^{}]*)\}", r"((\2)^(1/\1))")]  # the innermost braces first
-SPELLINGS = [  # LaTeX to Python, in this order; a unit or a list's brackets go on a line below [O]
-    (r"\\!|\\(?:left|right|displaystyle)\b|(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})", ""),
-    (r"(?<=\\)[dt](?=fr)|\\(?=[%/])|\+(?=\\infty)", ""), (r"_\{(\w+)\}", r"_\1"), ("[−–‑]", "-"),
-    (r"\\(?:text|math|mbox)\w*\s*\{([^{}]*)\}", r" \1 "), (r"\\times|\\cdot|×|·", "*"),
-    (r"(?:(?<!\\)\\[,;: ]|\\[()]|(?<!\\)\$|~|\s)+", " "), (r" ?\^ ?\{?\\circ\}?", " degrees"),
-    (r"^ ?(?:[A-Za-z] ?(?:=|\\in\b) ?)?\+?|[. ]*$", ""), (r"(?<=\d)[eE](\d\d?)\b", r"*10^\1"),
-    (r"^(-?)\\\$ ?([\d.,]+)(?: dollars)?$", r"\1\2 dollars"), (r"(?<![\w.)}])(\d+)!", r"(fact\1)"),
-    (r"^-?\d{1,3}(,\d{3})+(?![\d,])", lambda n: n[0].replace(",", "")),
-    (r",? ?\b(?:or|and) ", ","),
-    (r" ?([^\w .]) ?|(?<![\w.])0+(?=\d)", r"\1"), (r"^\\\{(.*)\\\}$", r"\1"),  # { 1, 02 } -> 1,2
-    (r"^([\[(])(.*,.*)([\])])$", r"\2\n\1\3"), (r"\^\{(\w)\}(?!\w)", r"^\1"),
-    (r"^(.*,.*)$", r"\1\n{}"), (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"), (r"(c\{\d\})(\d)", r"\1{\2}"),
-    (r"(?<![\w.^/)}])(\d+)(?:\\frac\{| )(\d+)(?:\}\{|/)(\d+)(?:\}|(?![\w.]))", r"(\1+\2/\3)"),
-    (rf"(?<=[\d)}}]) ?({UNIT})s?$", r"\n\1"), *NESTED * 10, (r" ?(?:\\|\b)pi\b", "(pi)"),
-    (r"(?<=[\d)]) ?(?=[A-Za-z])|(?<=[\w)])(?=\((?!\d+\)))", "*"),  # 2x is a product, 6 (7) is not
-    (r"\b(a(?=[bc]\b)|b(?=c\b)|[xyz](?=[xyz]\b))", r"\1*"),  # and xy is one
-    (r"^(?=.*(?a:[^-+*/^(),.\w \n]|_|\d{60}|(?=\d*\.)[\d.]{17}))", "text: "),  # other signs: text
-    (r"^(?=.*\b[A-Za-z]\b)(?=.*\^(?!-?\d+\b(?!\.)|\(-?\d+\)))", "text: "),  # x^y: text
-    (r"\^", "**")]
+MAX_LENGTH = 300  # characters; a longer answer is wrong, which bounds every stage below [O]
+REALS = mpmath.mp.clone()
+REALS.dps = 300  # digits that are calculated; 200 of them are compared [O]
 
 def find_answer(text):
     r"""Return a response's answer and where its marker begins: "so #### **5**" -> ("5", 3).
@@ -1118,58 +1094,112 @@ def extract_answer(text):
     r"""Return a response's answer, or None: "3+8\n1\n#1" -> "1"."""
     return find_answer(text)[0]
 
-def value_of(node):
-    """A syntax tree's real number, a letter being a transcendental one; else ValueError."""
-    number = sympy.nan
-    match node:
-        case ast.Constant(n) if type(n) in (int, float): number = sympy.Float(str(n), DIGITS)
-        case ast.Name("pi"): number = sympy.pi.evalf(DIGITS)
-        case ast.Name(x) if re.fullmatch(r"fact\d\d?", x):
-            number = sympy.factorial(int(x[4:])).evalf(DIGITS)
-        case ast.Name(x) if len(x) == 1: number = sympy.sin(ord(x)).evalf(DIGITS)
-        case ast.UnaryOp(ast.USub(), a): number = -value_of(a)
-        case ast.BinOp(left, sign, right):
-            a, b = value_of(left), value_of(right)
-            match sign:
-                case ast.Add(): number = a + b
-                case ast.Sub(): number = a - b
-                case ast.Mult(): number = a * b
-                case ast.Div() if b: number = a / b
-                case ast.Pow() if 0.01 < abs(b) <= 100:  # others are huge, or too near to 1
-                    number = a ** b  # a root of a < 0: complex, so no Float
-    if number.is_zero or number.is_Float and 1e-80 < abs(number) < 10 ** 80:
-        return number
-    raise ValueError("not a real number of bounded size")
+READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
+    \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
+    −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
+    \geq=>\ge ≥=>\ge~ >==>\ge~ \neq=>\ne \lt=>< \gt=>> ∞=>\infty~ infinity=>\infty &=>, ;=>, or=>,
+    and=>, ∪=>, \cup=>, \varnothing=>\emptyset \\=>),( \%=>% percent=>% pct=>%""".split())
+SPELLINGS = [  # patterns and what replaces them, in this order
+    (r"\\(?:text|math|mbox|bold)\w*\s*\{([^{}]*)\}", r" \1 "),  # 5\text{ cm} -> 5 cm
+    (r"(?<=\d) ?(?:,\\!|\\,|\{ ?, ?\}) ?(?=\d{3})", ""),  # 1{,}000 -> 1000
+    (r"\\?[A-Za-z]+|\*\*|[<>]=|\\[%\\]|[^\w .]|[²π]", lambda sign: READ_AS.get(sign[0], sign[0])),
+    (r"\\(begin|end)\{\w*matrix\}", lambda end: "((" if end[1] == "begin" else "))"),
+    (r"(?:\\[,;:! ()\[\]]|(?<!\\)\$|~|\s)+", " "),  # $x\ y$ -> x y
+    (r"^ ?(-?)\\\$(.*?)(?: dollars)?[ .]*$", r"\1\2 dollars"),  # \$5 -> 5 dollars
+    (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2"),  # 1\pm2 -> 1+2,1-2
+    (r"(?<![^(\[,=]) *\+|\\[${}]|\^ ?\{?\\circ\}?|[. ]+$|^ +|, *(?=,)", ""),  # \{90^\circ\}. -> 90
+    (r"(?<![\w.)}!])(1?\d)!", lambda n: str(math.factorial(int(n[1])))),  # 3! -> 6
+    (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
+    (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
+WORD = (r"(?:(?!(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
+        r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b)"
+        r"[A-Za-z]{3,}|[ckm]?m|k?g|[Lsh]|of|ft|in|lb|oz)")  # a word of a unit, but of no number
+NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"
+ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*?)(?:(?:(?<=[\d)}}])|(?<=pi)) ?(%|"
+                  rf"(?<= ){WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?) *)?")  # name=, value, unit
+TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?(?!\w))?|"
+                   r"\\sqrt\[\d+\]|(?<=\d)(?!sin|cos|tan|log|ln)[A-Za-z]|\\?[A-Za-z]+|\S")
+PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))"
+OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
+    "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
+    "/": (2, 3, operator.truediv),  # below mpf() refuses letters, as their roots have two signs
+    "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
-@functools.lru_cache(maxsize=4096)
-def read(text):
-    r"""An answer's numbers, or else its text; and its unit: "5\%" -> [5], "%"."""
+def operand(tokens):
+    """Take a number, letter, bracket, fraction or root off `tokens`: ["2", "+", "3"] -> 2."""
+    token = tokens.pop(0)
+    if token == "-":
+        return -expression(tokens, 3)
+    if token in ("(", "{"):
+        value = expression(tokens)
+        if tokens.pop(0) in (")", "}"):
+            return value
+    if token == r"\frac":
+        return operand(tokens) / operand(tokens)
+    if token.startswith(r"\sqrt"):
+        return REALS.mpf(operand(tokens)) ** (1 / REALS.mpf(token[6:-1] or 2))
+    if token == r"\pi":
+        return +REALS.pi
+    if re.fullmatch("[A-Za-z]|(?!no|on|ln)[a-z]{2}", token):  # xy is a product, a word is none
+        return REALS.fprod(REALS.mpc(random.Random(x).uniform(0.7, 1.4), 1) for x in token)
+    return REALS.mpf(re.match("[.0-9].*|", token)[0])  # ValueError where it is no number
+
+def expression(tokens, least=1):
+    """Take off `tokens` what binds at `least` so tightly: of 2*3+1 all at 1, but 2*3 at 2."""
+    value = operand(tokens)
+    while OPERATORS.get(tokens[0], [0])[0] >= least:
+        _, right, operate = OPERATORS[tokens.pop(0)]
+        value = operate(value, expression(tokens, right))
+    largest = 200 if least == 4 else 1e80  # exponents are small, so that 200 digits are right
+    if value and not 1 / largest <= abs(value) <= largest:
+        raise ValueError("too large or too near to zero")
+    return value
+
+def split_list(text):
+    """Split at commas outside of brackets: "1,(2,3)" -> ["1", "(2,3)"]."""
+    marked, depth = "", 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        marked += "\n" if sign == "," and depth == 0 else sign
+    return [part.strip() for part in marked.split("\n")]
+
+@functools.lru_cache(maxsize=8192)
+def value_of(text):
+    r"""Return a canonical text: "(1,\frac12)" -> "(1.0,0.5)", "No answer" -> "no answer"."""
+    parts = split_list(text[1:-1])
+    if len(parts) > 1 and text[0] in "([" and text[-1] in ")]":
+        return text[0] + ",".join(map(value_of, parts)) + text[-1]
+    words = " ".join(TOKEN.findall(text))
+    tokens = re.sub(PRODUCT, " * ", words).split() + [""]
+    with contextlib.suppress(ValueError, TypeError, ArithmeticError, IndexError, RecursionError):
+        value = expression(tokens)
+        if tokens == [""]:
+            return REALS.nstr(REALS.chop(value), 200)
+    words = re.sub(r"\{ (\S+) \}", r"\1", words)
+    return words.lower() if re.fullmatch("[A-Za-z]{2,}( [A-Za-z]{2,})*", words) else words
+
+def read(text, hundredths):
+    r"""Return values, names and units: "x=5 cm" -> (["5.0"], [("x", "5.0")], ["cm"])."""
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
-    value, _, unit = text.partition("\n")
-    numbers = []
-    try:
-        tree = ast.parse(value, mode="eval").body  # parsed, never run
-        for part in getattr(tree, "elts", [tree]):
-            numbers.append(sympy.Float(value_of(part), DIGITS - 100))  # no rounding errors
-        if unit == "{}":
-            numbers.sort()
-    except (SyntaxError, ValueError, RecursionError):
-        if re.fullmatch("[A-Za-z][a-z]+(?: [A-Za-z][a-z]+)*", value):
-            value = value.lower()  # words, where "X" is a symbol
-        numbers = re.findall(".+", value)  # one text, none if it is empty
-    return numbers, unit
+    values, names, units = [], [], set()
+    for part in split_list(text):
+        name, value, unit = ITEM.fullmatch(part).groups()
+        values.append(value_of(f"({value})/100" if unit == "%" and hundredths else value))
+        names.append(name and (name, values[-1]))
+        units.add(unit and re.sub(r"[ {}]|s$", "", unit))
+    return sorted(values), sorted(filter(None, names)), sorted(filter(None, units))
 
 def verify(answer, gold):
-    """Whether two answers are equal: "50%" is "0.5" and "50", "5 cm" is "5" but not "5 kg"."""
+    """Return whether two answers are equal: "5 cm" is "5" but not "5 kg", "50%" is 50 and 0.5."""
     if answer is None or max(len(answer), len(gold)) > MAX_LENGTH:
         return False
-    (left, unit), (right, gold_unit) = read(answer), read(gold)
-    if not left or unit and gold_unit and unit != gold_unit:
-        return False
-    if left != right and unit + gold_unit == "%":  # only one says %: 50% is 50/100
-        return verify(answer.replace("%", "/100"), gold.replace("%", "/100"))
-    return left == right
+    for hundredths in (False, True):
+        (values, *labels), (golds, *others) = read(answer, hundredths), read(gold, hundredths)
+        clash = any(a and b and a != b for a, b in zip(labels, others))
+        if values == golds and not clash and re.search(r"\w", str(values)):
+            return True
+    return False
 
 def pass_at_k(n, c, k):
     """Unbiased pass@k of n samples, c of them right: 1 - C(n-c, k) / C(n, k). [arXiv 2107.03374]"""

@@ -1468,49 +1468,121 @@ def test_scripts_keep_the_limits_of_columns_functions_and_method(name):
 
 EQUAL = r"""0.5|\frac12 ; -2\frac12|-2.5 ; 50\%|0.5 ; 50\%|50 ; \sqrt{8}|2\sqrt2 ; \sqrt[3]{27}|3 ;
 (x+1)^2|x^2+2x+1 ; (1,\frac12)|(1,0.5) ; \text{No solution}|no solution ;
-\frac{\sqrt{3}}{2}|\frac{3}{2\sqrt{3}} ; \$1,234.50|1234.5 ; 10^{-2}|0.01 ; 10\,000|10000 ; 10{,}000|10000 ;
-10,\!080|10080 ; 1,234.50|1234.5 ; 1,234,567|1234567 ; 1,234,567,890,123|1234567890123 ; +5|5 ;
-1e5|100000 ; 3!|6 ; 42 pies|42 ; 1 hour|1 ;
-25\,\text{m}^2|25 ; \frac{1}{2}\text{ pies}|0.5 ; 2\text{ and }1|1,2 ; ‑3|-3 ; –3|-3 ; ( 1 , 2 )|(1,2) ;
-\begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix}1\\2\end{pmatrix} ; 2 \frac{1}{2}|2.5 ; 2xy|2yx ;
--0.5%|-0.005 ; 3 \sqrt 2|\sqrt{18} ; 2\pi r|2r\pi ; 5 cm|5.0 cm ; 2 \left(x+1\right)|2x+2 ;
-1-\sqrt{2}, 1+\sqrt{2}|1+\sqrt2,1-\sqrt2 ; 2^{100}|1267650600228229401496703205376 ; $\frac{1}{2}$|0.5 ;
-\(5\)|5 ; .5|1/2 ; 2*sqrt(3)|\sqrt{12} ; \$5|5 dollars ;
-1,000|1000 ; \frac{3}{4}|3/4 ; \dfrac34|0.75 ; 2\frac{1}{2}|2.5 ; 2 1/2|5/2 ; 2^{10}|1024 ; \frac{\pi}{2}|0.5\pi ;
-2x+1|1+2x ; x=5|5 ; \$18.00|18 ; 90^\circ|90 ; 5\text{ cm}|5 ; 12 dollars|12 ; [0,1)|[0,1.0) ; \{1,2\}|\{2,1\} ;
-1,2|2, 1 ; (-\infty, 3]|(-\infty,3] ; \text{Yes}|yes ; \left(1,2\right)|(1,2) ; x \in [1,2]|[1,2] ; 007|7 ; 3.0|3 ;
-\text{(A)}|(A) ; 1.5\times 10^{3}|1500 ; \frac{x}{2}|x/2 ; 6.|6 ; −3|-3 ; 1{,}000|1000 ; 42\text{ pieces}|42 ;
-42 pieces|42 ; 42 pints|42 ; 42 pigs|42 ; 42 pictures|42 ; 1 \text{ or } 2|1,2 ; 20%|20 ; 20%|0.2 ; Monday|monday ;
-(x + 1) (x - 2)|x^2-x-2 ; 5\text{ cm}^{2}|5\text{ cm}^2 ; 52_{8}|52_8 ; [0,+\infty)|[0,\infty) ;
-\displaystyle 5|5 ; 864 \mbox{ m}^2|864"""
-UNEQUAL = r"""0.333|1/3 ; \pi|3.14 ; (1,2)|(2,1) ; (1,2]|[1,2] ; (1,2)|1,2 ; listen|silent ; x+1|x-1 ;
-9^{9^9}|3 ; 1/0|1/0.0 ; \sqrt{2}|1.41421356 ; 1,2|1,2,2 ; 50\%|0.05 ; 5|x ; 12|1,2 ; (1,234)|1234 ; 1e3|1000.5 ;
-x²|x2 ; ٣|3 ; \sqrt{x^2}|x ; \infty-\infty|0 ; 0/0|0 ; 1/0|2/0 ; 5:30|5:30 PM ; no|on ; BA|AB ; x|X ;
-42 or 23|42 ; 42 minus 2|40 ; 42 is wrong|42 ; 42 million|42 ; 42 millions|42 ; 42 dozens|42 ; 42 times|42 ;
-42 percent|42 ; 42 halves|42 ; 42 twos|42 ; 42 thirds|42 ; 42 or|42 ; 5 km|5 kg ; 5 cm|5 cm^2 ; 5 pigs|5 pies ;
-5%|5 km ; 5 feet 3|5 ; 5 feet 3|53 ; 6 7|42 ; 6 7|67 ; 6 (7)|42 ; (6) (7)|42 ; 6 .7|6.7 ; 4\,2|42 ;
-4\text{ and }2|42 ; 4\text{2}|42 ; 2{3}|23 ; x2|2x ; 500%|5% ; 1, 234|1234 ; 5 # wrong|5 ; True|1 ; None|0 ;
-\sqrt{-1}|-1 ; 10^{30}|10^{30}+1 ; 10^{-79}|0 ; 1+10^{-79}|1 ; \sqrt2+10^{-60}|\sqrt2 ; 10^{-60}\sqrt2+1-1|0 ;
+\frac{\sqrt{3}}{2}|\frac{3}{2\sqrt{3}} ; \$1,234.50|1234.5 ; 10^{-2}|0.01 ; 10\,000|10000 ;
+10{,}000|10000 ; 10,\!080|10080 ; 1,234.50|1234.5 ; 1,234,567|1234567 ;
+1,234,567,890,123|1234567890123 ; +5|5 ; 1e5|100000 ; 3!|6 ; 42 pies|42 ; 1 hour|1 ;
+25\,\text{m}^2|25 ; \frac{1}{2}\text{ pies}|0.5 ; 2\text{ and }1|1,2 ; ‑3|-3 ; –3|-3 ;
+( 1 , 2 )|(1,2) ; \begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix}1\\2\end{pmatrix} ;
+2 \frac{1}{2}|2.5 ; 2xy|2yx ; -0.5%|-0.005 ; 3 \sqrt 2|\sqrt{18} ; 2\pi r|2r\pi ; 5 cm|5.0 cm ;
+2 \left(x+1\right)|2x+2 ; 1-\sqrt{2}, 1+\sqrt{2}|1+\sqrt2,1-\sqrt2 ;
+2^{100}|1267650600228229401496703205376 ; $\frac{1}{2}$|0.5 ; \(5\)|5 ; .5|1/2 ;
+2*sqrt(3)|\sqrt{12} ; \$5|5 dollars ; 1,000|1000 ; \frac{3}{4}|3/4 ; \dfrac34|0.75 ;
+2\frac{1}{2}|2.5 ; 2 1/2|5/2 ; 2^{10}|1024 ; \frac{\pi}{2}|0.5\pi ; 2x+1|1+2x ; x=5|5 ;
+\$18.00|18 ; 90^\circ|90 ; 5\text{ cm}|5 ; 12 dollars|12 ; [0,1)|[0,1.0) ; \{1,2\}|\{2,1\} ;
+1,2|2, 1 ; (-\infty, 3]|(-\infty,3] ; \text{Yes}|yes ; \left(1,2\right)|(1,2) ; x \in [1,2]|[1,2] ;
+007|7 ; 3.0|3 ; \text{(A)}|(A) ; 1.5\times 10^{3}|1500 ; \frac{x}{2}|x/2 ; 6.|6 ; −3|-3 ;
+1{,}000|1000 ; 42\text{ pieces}|42 ; 42 pieces|42 ; 42 pints|42 ; 42 pigs|42 ; 42 pictures|42 ;
+1 \text{ or } 2|1,2 ; 20%|20 ; 20%|0.2 ; Monday|monday ; (x + 1) (x - 2)|x^2-x-2 ;
+5\text{ cm}^{2}|5\text{ cm}^2 ; 52_{8}|52_8 ; [0,+\infty)|[0,\infty) ; \displaystyle 5|5 ;
+864 \mbox{ m}^2|864"""
+UNEQUAL = r"""0.333|1/3 ; \pi|3.14 ; (1,2)|(2,1) ; (1,2]|[1,2] ; (1,2)|1,2 ; listen|silent ;
+x+1|x-1 ; 9^{9^9}|3 ; 1/0|1/0.0 ; \sqrt{2}|1.41421356 ; 1,2|1,2,2 ; 50\%|0.05 ; 5|x ; 12|1,2 ;
+(1,234)|1234 ; 1e3|1000.5 ; x²|x2 ; ٣|3 ; \sqrt{x^2}|x ; \infty-\infty|0 ; 0/0|0 ; 1/0|2/0 ;
+5:30|5:30 PM ; no|on ; BA|AB ; x|X ; 42 or 23|42 ; 42 minus 2|40 ; 42 is wrong|42 ; 42 million|42 ;
+42 millions|42 ; 42 dozens|42 ; 42 times|42 ; 42 halves|42 ; 42 twos|42 ; 42 thirds|42 ; 42 or|42 ;
+5 km|5 kg ; 5 cm|5 cm^2 ; 5 pigs|5 pies ; 5%|5 km ; 5 feet 3|5 ; 5 feet 3|53 ; 6 7|42 ; 6 7|67 ;
+6 (7)|42 ; (6) (7)|42 ; 6 .7|6.7 ; 4\,2|42 ; 4\text{ and }2|42 ; 4\text{2}|42 ; 2{3}|23 ; x2|2x ;
+500%|5% ; 1, 234|1234 ; 5 # wrong|5 ; True|1 ; None|0 ; \sqrt{-1}|-1 ; 10^{30}|10^{30}+1 ;
+10^{-79}|0 ; 1+10^{-79}|1 ; \sqrt2+10^{-60}|\sqrt2 ; 10^{-60}\sqrt2+1-1|0 ;
 \sqrt{10^{60}}|1000000000000000000000000000001 ; 2^{10^{-60}}|1 ;
-0.12345678901234567890|0.12345678901234567891 ; [5]|5 ; __class__|0 ; x.y|xy ; i^2|-1.0 ; x|x=5 ; 2 or 3|3 ;
-dollars|\$5 ; cm|5 cm ;
-1|2 ; |0 ; 2^{10}|1023 ; x^2|2x ; -1|1 ; \frac12|2 ; ...|0 ; ..|0 ; .|0 ; \ldots|0 ; \infty/\infty|1 ; 0/0|1 ;
-\,|\, ; ...|... ; ()|() ; 42 minus 2|42 ; 42\text{ million}|42 ; 42 hundred|42 ; 42 dozen|42 ; 42 plus|42 ;
-42 minus|42 ; 42 half|42 ; 42 wrong|42 ; \$5|5 km ; 4\,2|8 ; 1\,000|0 ; 4\text{ and }2|8 ; 2{3}|6 ; lno|lon ;
-50%|0.05 ; 50%|50.5 ; \sqrt{x^2}|-x ; \sqrt{x^2y^2}|xy ; \sqrt{-4}|2 ; \text{}|0 ; 1/x|1/X"""
+0.12345678901234567890|0.12345678901234567891 ; [5]|5 ; __class__|0 ; x.y|xy ; i^2|-1.0 ; x|x=5 ;
+2 or 3|3 ; dollars|\$5 ; cm|5 cm ; 1|2 ; |0 ; 2^{10}|1023 ; x^2|2x ; -1|1 ; \frac12|2 ; ...|0 ;
+..|0 ; .|0 ; \ldots|0 ; \infty/\infty|1 ; 0/0|1 ; \,|\, ; ...|... ; ()|() ; 42 minus 2|42 ;
+42\text{ million}|42 ; 42 hundred|42 ; 42 dozen|42 ; 42 plus|42 ; 42 minus|42 ; 42 half|42 ;
+42 wrong|42 ; \$5|5 km ; 4\,2|8 ; 1\,000|0 ; 4\text{ and }2|8 ; 2{3}|6 ; lno|lon ; 50%|0.05 ;
+50%|50.5 ; \sqrt{x^2}|-x ; \sqrt{x^2y^2}|xy ; \sqrt{-4}|2 ; \text{}|0 ; 1/x|1/X"""
 EQUAL, UNEQUAL = (table.replace("\n", " ").split(" ; ") for table in (EQUAL, UNEQUAL))
+ANSWER_KINDS = {  # kind: pairs that are equal, and pairs that are not
+    "a name before the sign": (
+        r"""k=5|5 ; y = x^2+1|1+x^2 ; f(x)=x+1|x+1 ; x_1=5|5 ; x_{12}=5|5 ; \theta=30|30 ;
+AB=5|5 ; total = 100 meters|100 ; (p,q)=(3,2)|(3,2) ; x\in[1,2)|[1,2) ; a_{-1}=0|0""",
+        r"""y=5|x=5 ; x=2x+1|y=2x+1 ; 2x=4|4 ; 7=11a+c|11a+c ; x=y=5|5 ; f(y)|f(x) ; x=5|x"""),
+    "units": (
+        r"""100|100\text{ square units} ; 12|12\text{ miles per hour} ; 35 mph|35 ;
+35\text{ km/h}|35 ; 35 square feet|35 ; 17\text{ children}|17 ; 10 \text{ years old}|10 ;
+3 \text{ geese}|3 ; 12\pi \text{ cm}^2|12\pi ; 5 L|5 ; 5 g|5 ; 5 m/s|5 ;
+\frac13 \textbf{meters}|1/3 ; \$18 \text{ per day}|18 ; 3 cups of tea|3 ;
+5\text{ apples}|5 apple ; 2 million|2*10^6""",
+        r"""6\text{ or more}|6 ; 42 million|42 ; 42 minus 2|42 ; 42 is wrong|42 ; 5 m/s|5 km/h ;
+17\text{ men}|12\text{ men} ; 3 squared|3 ; 3 cubed|3 ; 5 x|5 ; 5 xy|5 ; 10\text{ units}|100 ;
+5 square feet|5 feet ; 42 billion|42 ; 42 sixes|42 ; \text{cm}|5\text{ cm}"""),
+    "several solutions": (
+        r"""a=1 \text{ or } a=-2|1,-2 ; 4,5|AB=4,CD=5 ; x=2, x=3|3 \text{ and } 2 ;
+1, 2, and 3|3,2,1 ; p=5,q=2;p=7,q=2|p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2""",
+        r"""a=1,b=2|a=2,b=1 ; a=7,b=3|3 ; 1,-2|1,-3 ; 2, 5|n=25 ; 1 2|12 ; 1 or 2|1 ; 1,2|1,2,"""),
+    "exponents with signs": (
+        r"""1e-1|0.1 ; 0.00005|5e-05 ; 1.5e+3|1500 ; 10^{17}|1e+17 ; 2^{-1}|\frac12 ;
+10^-2|0.01""",
+        r"""1e-1|0.01 ; 1e+3|100 ; 1e3|1e-3 ; 2e|2e1"""),
+    "infinity": (
+        r"""(-\infty,0.5)|(-\infty,\frac12) ; (-\infty,5)|(-infinity,5) ; \infty|infinity ;
++\infty|∞ ; (-\infty,0.5)\cup(1,\infty)|(1, +\infty) \cup (-\infty,\frac12) ;
+(-∞,1)∪(2,∞)|(-\infty,1)\cup(2,\infty)""",
+        r"""\infty|-\infty ; (-\infty,0.5)|(-\infty,0.5] ; (-\infty,1)|(1,\infty) ; \infty|0"""),
+    "lists of tuples": (
+        r"""(1,2),(3,4)|(3,4),(1,2) ; (0.5,2),(3,4)|(\frac12,2),(3,4) ; ((1,2),3)|((1.0,2),3) ;
+\{(1,2),(3,4)\}|(1,2), (3,4) ; (x, y) = (5, 8) \text{ and } (8, 5)|(5,8),(8,5)""",
+        r"""(1,2),(3,4)|(2,1),(3,4) ; (1,2),(3,4)|(1,2),(3,4),(5,6) ; ((1,2),3)|(1,(2,3))"""),
+    "two signs": (
+        r"""\pm 3|3,-3 ; 2\pm\sqrt3|2+\sqrt3, 2-\sqrt3 ; x=\pm 2|\pm2 ; 3 \pm 2\sqrt{2}|3±2√2""",
+        r"""\pm 3|3 ; \pm 3|-3 ; 2\pm\sqrt3|2+\sqrt3 ; 2\pm3|3\pm2"""),
+    "percent": (
+        r"""28\text{ percent}|28\% ; 28 pct|28% ; 28 \%|28 percent ; 42 percent|42 ;
+5\%,10\%|0.05,0.1""",
+        r"""28\%|29\% ; 28\%|0.028 ; 5 percent|5 km"""),
+    "two names of a sign": (
+        r"""x\le5|x\leq 5 ; x\ge5|x\geq 5 ; x\ne5|x\neq 5 ; x <= 2|x \leq 2 ; x \gt 5|x>5 ;
+x\lt 5|x < 5 ; \emptyset|\varnothing ; 2\times3|2\cdot 3 ; 2**3|2^3""",
+        r"""x\le5|x\ge5 ; x<5|x\le5 ; x\ne5|x=5 ; x>-1|x<1"""),
+    "fractions": (
+        r"""\frac{\pi}2|\frac{\pi}{2} ; \frac{\sqrt3}2|\frac{\sqrt3}{2} ; \cfrac{1}{2}|0.5 ;
+\frac1{2}|1/2 ; \frac94\pi|\frac{9}{4}\pi ; \frac 1 2|0.5 ;
+\frac{x}{7}+\frac{2}{7}|\frac{x+2}{7}""",
+        r"""\frac{\pi}2|\frac{2}{\pi} ; \frac12x|\frac12 ; \frac{1}{x}|\frac{1}{x^2} ;
+2\frac1{2}|1"""),
+    "matrices": (
+        r"""\begin{pmatrix}1\\2\end{pmatrix}|(1,2) ;
+\begin{bmatrix} 0.5 & 1 \\ 2 & 3 \end{bmatrix}|\begin{pmatrix}\frac12&1\\2&3\end{pmatrix} ;
+\begin{pmatrix}1\\2\end{pmatrix}|\begin{pmatrix} 1.0 \\ 2 \end{pmatrix}""",
+        r"""\begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&3\\2&4\end{pmatrix} ;
+\begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&2\\3&5\end{pmatrix}"""),
+    "small things": (
+        r"""{13}|13 ; \boldsymbol{13}|13 ; 130 000|130000 ; 30°|30 ; 2π|2\pi ; x²|x^2 ; mn|nm ;
+ab|ba ; 11,\! 111,\! 111,\! 100|11111111100 ; 14 {, }916|14916 ; \text{(C)}|C ; None|none ;
+-0|0 ; \(\dfrac{1}{3} \)|1/3 ; $$ 9 $$|9 ; 5−3|2 ; √2|\sqrt 2 ;
+1 - \frac1e|1-\frac{1}{\mathrm{e}}""",
+        r"""ln|nl ; 30^2|30^{\circ} ; 1 3|13 ; odd|oddd ; (1,f)|(1,n) ; \sin(x)|cos(x) ;
+\sqrt{67}|67""")}
+for equal_pairs, unequal_pairs in ANSWER_KINDS.values():
+    EQUAL += equal_pairs.replace("\n", " ").split(" ; ")
+    UNEQUAL += unequal_pairs.replace("\n", " ").split(" ; ")
 HOSTILE = [
-    "__import__('os').system('touch /tmp/owned')", "().__class__", "lambda: 0", "9" * 10 ** 6, "9^9^9^9^9",
-    "(" * 300, "99!", "2^{2^{2^{2^{2^{9}}}}}", r"\frac{" * 200, "x^{999999999}",
-    "(((x^{200})^{200})^{200})^{200}", "\x00", "1_0", "1" + "0" * 198, "5\n%", "*x", r"\sqrt{" + "7" * 90 + "}",
-    "1/(1-1)", "0^{-1}", "5!" * 50, "sqrt" * 40, "(-2)^{pi}", "((2^{200})^{200})^{200}",
-    "(1+x)^{200}-(1+y)^{200}", "x^{y^{z}}", "pi^{pi^{pi}}", "1" * 99 + "^{199}", "x" * 200,
-    ",".join("123456789" * 10), "(" * 90 + ")" * 90, "(-8)^{1/3}", "-" * 299 + "1", "1.2.3", "{" + "^" * 50,
-    "\\" * 299, r"\text{" * 40 + "}" * 40, "sqrt(67+x*" * 12 + "2" + ")" * 12,
-    r"\sqrt{1-" * 9 + r"\sqrt{2}" + "}" * 9, "\ud800", "(((((2^(1/2))^199)^199)^199)^199)^199",
-    "a*" * 149 + "b", "'\\d'", "f'{1}'", "0x1F", "x:=1", "2^" * 149 + "2", "1/" * 149 + "3", "1 if 2 else 3",
-    "(9^99)^99*" * 29 + "1", "1," * 149 + "1", "%" * 300, "\n" * 300, "(" * 5000, "{" * 300, "[" * 150, "٣٤", "oo-oo",
-    "0.{1}" * 30, "--" * 90 + "1", "((((x+y+z))^199)^(199/100))^(2/3)", "." * 10 ** 6, "+".join("abcdef" * 20), "50%" * 99]
+    "__import__('os').system('touch /tmp/owned')", "().__class__", "lambda: 0", "9" * 10 ** 6,
+    "9^9^9^9^9", "(" * 300, "99!", "2^{2^{2^{2^{2^{9}}}}}", r"\frac{" * 200, "x^{999999999}",
+    "(((x^{200})^{200})^{200})^{200}", "\x00", "1_0", "1" + "0" * 198, "5\n%", "*x",
+    r"\sqrt{" + "7" * 90 + "}", "1/(1-1)", "0^{-1}", "5!" * 50, "sqrt" * 40, "(-2)^{pi}",
+    "((2^{200})^{200})^{200}", "(1+x)^{200}-(1+y)^{200}", "x^{y^{z}}", "pi^{pi^{pi}}",
+    "1" * 99 + "^{199}", "x" * 200, ",".join("123456789" * 10), "(" * 90 + ")" * 90, "(-8)^{1/3}",
+    "-" * 299 + "1", "1.2.3", "{" + "^" * 50, "\\" * 299, r"\text{" * 40 + "}" * 40,
+    "sqrt(67+x*" * 12 + "2" + ")" * 12, r"\sqrt{1-" * 9 + r"\sqrt{2}" + "}" * 9, "\ud800",
+    "(((((2^(1/2))^199)^199)^199)^199)^199", "a*" * 149 + "b", "'\\d'", "f'{1}'", "0x1F", "x:=1",
+    "2^" * 149 + "2", "1/" * 149 + "3", "1 if 2 else 3", "(9^99)^99*" * 29 + "1", "1," * 149 + "1",
+    "%" * 300, "\n" * 300, "(" * 5000, "{" * 300, "[" * 150, "٣٤", "oo-oo", "0.{1}" * 30,
+    "--" * 90 + "1", "((((x+y+z))^199)^(199/100))^(2/3)", "." * 10 ** 6, "50%" * 99,
+    "+".join("abcdef" * 20), "(1+9^{-70})^{9^{70}}+" * 13 + "1", "(-2)^.2+" * 37 + "1",
+    r"(\frac xx+9^-70)^9^70+" * 13 + "1", r"\sqrt2^" * 40 + "2", "a+" * 149 + "b",
+    "((1," * 70 + "1)", "nan", "inf", "1/inf", r"\frac" * 60,
+    r"\sqrt" * 58 + "2", "5" + " cm" * 90, "5 " + "abc " * 74, "9!+" * 99]
 
 @each("equal, pair", [(True, pair) for pair in EQUAL] + [(False, pair) for pair in UNEQUAL])
 def test_equal_answers_are_and_unequal_ones_and_attacks_are_not(equal, pair):
@@ -1518,17 +1590,32 @@ def test_equal_answers_are_and_unequal_ones_and_attacks_are_not(equal, pair):
     assert m.verify(a, b) == m.verify(b, a) == equal and (m.verify(a, a) or not equal)
 
 def test_an_empty_answer_equals_nothing():
-    empty = [None, "", " ", ".", "...", ". . .", "\\,", "$$", "\\text{}", "()", "\\left(\\right)", "x="]
+    empty = [None, "", " ", ".", "...", ". . .", "\\,", "$$", "\\text{}", "()", ",", "x="]
     golds = ["0", "none", "None", *empty[1:]]
     assert not any(m.verify(nothing, gold) for nothing in empty for gold in golds)
 
-@each("text, answer", [
-    (r"\boxed{1} so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), ("a\n#### ", None), ("nothing", None), ("#2\n#", "2"),
-    ("18 is\n#### 1,800\nbye", "1,800"), ("3+8\n1\n#1", "1"), (r"\boxed{never closed", None), (r"\fbox{x}", "x"),
-    (r"it is $\boxed 7$.", "7"), (r"\boxed 1,003.5.", "1,003.5"), (r"\boxed {5}", "5"), (r"\fbox {5}", "5"),
-    (r"#### 3 \boxed{\text{a {b}}}", r"\text{a {b}}")])
-def test_extract_answer(text, answer):
+def test_lengths_in_bars_are_a_name():
+    assert m.verify("1", "|AB|=1") and not m.verify("2", "|AB|=1")
+
+@each("text, answer, start", [
+    (r"\boxed{1} so \boxed{\frac{1}{2}}.", r"\frac{1}{2}", 13), (r"\fbox{x}", "x", 0),
+    (r"it is $\boxed 7$.", "7", 7), (r"\boxed 1,003.5.", "1,003.5", 0), (r"\boxed {5}", "5", 0),
+    (r"\fbox {5}", "5", 0), (r"#### 3 \boxed{\text{a {b}}}", r"\text{a {b}}", 7),
+    ("#### Step 1\n2+3\nso \\boxed{5}\n# Check", "5", 19),
+    ("18 is\n#### 1,800\nbye", "1,800", 6), ("#### 1\nno\n####2", "2", 10),
+    ("#### 42\n\n# Check\n40+2 = 42", "42", 0), ("#### 42\n### Conclusion\nIt is 42.", "42", 0),
+    ("so\n#### **42**\n", "42", 3), ("**#### 42**", "42", 2), ("#### 42 # the sum", "42", 0),
+    ("#### 42\n#hashtag", "42", 0), ("is #### 99 dollars.", "99 dollars.", 3),
+    ("3+8\n1\n#1", "1", 6), ("#2\n#", "2", 0), ("#1\n# 2", "1", 0), ("##1\n###2\n#3", "3", 9)])
+def test_the_answer_is_found_where_its_marker_begins(text, answer, start):
+    assert m.find_answer(text) == (answer, start)
     assert m.extract_answer(text) == answer
+
+@each("text", ["", "nothing", "a\n#### ", "####", "# Check\n", "### 5", "##5", r"\boxed{open",
+               r"\boxed{2} \boxed{open", "# 5"])
+def test_text_without_an_answer_has_none(text):
+    assert m.find_answer(text) == (None, len(text))
+    assert m.extract_answer(text) is None
 
 @each("piece", ["\\boxed{", "#", "\\boxed ", "{", "}", "\\boxed{}", "####\n", " "])
 def test_extraction_from_a_megabyte_is_linear(piece):
@@ -1538,11 +1625,12 @@ def test_extraction_from_a_megabyte_is_linear(piece):
     assert time.perf_counter() - start < 3
 
 def spellings(rng):
-    """A random value of a kind that GSM8K, MATH or AIME ask for: (the kind, the value, its spellings)."""
+    """Return a random value of a kind that GSM8K, MATH or AIME ask for: kind, value, spellings."""
     a, b, c = rng.randint(2, 99), rng.randint(2, 12), rng.randint(2, 9)
     n, x, y = rng.randint(1000, 999_999), rng.randint(-20, 0), rng.randint(1, 20)
-    letters = dict(A=a, B=b, C=c, D=a * c, E=b * c, F=b * c * c, L="ABCDE"[a % 5], N=n, T=f"{n:,}", P=c ** b, S=b + c,
-                   W=("Sunday", "even", "no solution")[a % 3], X=x, Y=y, Z=c * 10 ** b, Q=a / 8)
+    letters = dict(A=a, B=b, C=c, D=a * c, E=b * c, F=b * c * c, L="ABCDE"[a % 5], N=n,
+                   T=f"{n:,}", P=c ** b, S=b + c, W=("Sunday", "even", "no solution")[a % 3],
+                   X=x, Y=y, Z=c * 10 ** b, Q=a / 8)
     kinds = {
         r"A | A.0 | \text{A} | A. | \left(A\right) | x=A | 0A": a,
         r"N | T | \$T | T.00 | N dollars": n,
@@ -1572,10 +1660,11 @@ def spellings(rng):
         r"\text{(L)} | (L)": ("choice", a % 5),
         r"\text{W} | W": ("word", a % 3)}
     kind = rng.choice(list(kinds))
-    return kind, kinds[kind], kind.translate(str.maketrans({k: str(v) for k, v in letters.items()})).split(" | ")
+    letters = str.maketrans({letter: str(value) for letter, value in letters.items()})
+    return kind, kinds[kind], kind.translate(letters).split(" | ")
 
 def spelled_pairs(n, seed=0):
-    """(answer, gold, whether they are equal), half of them of one value, half of two values of one kind."""
+    """Return n (answer, gold, equal): half are one value, half two values of one kind."""
     rng, pairs = random.Random(seed), []
     while len(pairs) < n:
         (kind, value, texts), (other, another, more) = spellings(rng), spellings(rng)
@@ -1597,23 +1686,71 @@ def test_values_of_different_kinds_are_never_equal():
         if abs(a - b) > 1e-9 if both_numbers else a != b:
             assert not m.verify(rng.choice(texts), rng.choice(others)), (texts, others)
 
+MATH_FORMS = {  # a gold answer in MATH's forms: its natural respellings
+    r"\frac{A}{B}": r"A/B | \dfrac{A}{B} | \tfrac{A}B | \fracAB | \frac AB | x=\frac{A}{B}",
+    r"-\frac{A}{B}": r"\frac{-A}{B} | -A/B | −\frac{A}{B} | -\left(\frac{A}{B}\right)",
+    r"A\frac{B}{10}": r"A.B | A B/10 | A\frac B{10} | A\tfrac{B}{10} | A.B0",
+    r"A\sqrt{B}": r"A\sqrtB | A\sqrt B | A*sqrt(B) | A\cdot\sqrt{B} | A√B | \sqrt{B}*A",
+    r"\frac{\sqrt{A}}{B}": r"\frac{\sqrtA}B | \sqrt{A}/B | \frac1B\sqrt A | \frac{\sqrt A}{B}",
+    r"\frac{A\pi}{B}": r"\frac{A}{B}\pi | Aπ/B | \frac{A\pi}B | Api/B | \frac{A \pi}{B}",
+    r"A+B\sqrt{C}": r"B\sqrt{C}+A | A + B\sqrtC | A+B√C | x = A+B\sqrt{C}",
+    r"A\pm\sqrt{B}": r"A+\sqrt{B},A-\sqrt{B} | A-\sqrtB \text{ or } A+\sqrtB | x=A ± √B",
+    r"(A,B)": r"(A, B) | \left(A,B\right) | (x,y)=(A,B) | \begin{pmatrix} A \\ B \end{pmatrix}",
+    r"\left(A,\frac{B}{C},N\right)": r"(A,B/C,N) | ( A.0 , \fracBC , N )",
+    r"[A,N)": r"[A, N) | \left[A,N\right) | x\in[A,N) | [A.0,N)",
+    r"(-\infty,\frac{A}{B}]": r"(-\infty, A/B] | (-∞,\fracAB] | x \in (-\infty,\dfrac{A}{B}]",
+    r"(-\infty,-A)\cup(B,\infty)": r"(B,\infty) \cup (-\infty,-A) | (-∞,-A)∪(B,+∞)",
+    r"\begin{pmatrix} A & B \\ C & -A \end{pmatrix}":
+        r"\begin{pmatrix}A&B\\C&-A\end{pmatrix} | \begin{bmatrix} A.0 & B \\ C & −A \end{bmatrix}",
+    r"A0^\circ": r"A0 | A0° | A0 degrees | A0^{\circ} | A0\text{ degrees}",
+    r"N\text{ square units}": r"N | N square units | $N$ square units | N\text{ square units}.",
+    r"A\text{ cm}^2": r"A | A cm^2 | A\,\mathrm{cm}^{2} | A.0 cm^2",
+    r"\$N": r"N | \$N.00 | N dollars | $\$N$ | \$N\text{ dollars}",
+    r"A\%": r"A% | A percent | A | 0.0A | A\text{ percent} | \frac{A}{100}",
+    r"A,B,C": r"C, B, A | \{B,A,C\} | A \text{ and } B \text{ and } C | B, A, and C | x=A,B,C",
+    r"(A,B),(C,A)": r"(C,A),(A,B) | (A, B), (C, A) | (C,A) and (A,B) | \{(A,B),(C,A)\}",
+    r"x=A,y=B": r"y=B,x=A | x = A \text{ and } y = B",
+    r"x^2+Ax-B": r"-B+Ax+x^2 | x^{2}+A x-B | f(x)=x^2+Ax-B | x²+Ax−B",
+    r"(x+A)(x-B)": r"(x-B)(x+A) | \left(x+A\right)\left(x-B\right)",
+    r"10^{A}": r"10^A | 1e+A | 1.0\times10^{A} | 1eA",
+    r"N_{8}": r"N_8 | $N_8$",
+    r"Ax-By+C=0": r"A x - B y + C = 0 | Ax - By + C = 0",
+    r"x\leA": r"x \le A | x \leq A | x ≤ A | x<=A"}
+
+@each("gold", MATH_FORMS)
+def test_golds_in_the_forms_of_math_equal_their_respellings_and_no_mutated_gold_does(gold):
+    rng = random.Random(7)
+    for _ in range(40):
+        letters = dict(zip("ABC", rng.sample(range(2, 10), 3)), N=rng.randint(100, 999))
+        right = gold.translate(str.maketrans({x: str(n) for x, n in letters.items()}))
+        mutated = []
+        for letter in letters.keys() & set(gold):
+            others = letters | {letter: letters[letter] + 1}
+            mutated.append(gold.translate(str.maketrans({x: str(n) for x, n in others.items()})))
+        for answer in [gold, *MATH_FORMS[gold].split(" | ")]:
+            answer = answer.translate(str.maketrans({x: str(n) for x, n in letters.items()}))
+            assert m.verify(answer, right) and m.verify(right, answer), (answer, right)
+            for wrong in mutated:
+                assert not m.verify(answer, wrong) and not m.verify(wrong, answer), (answer, wrong)
+
 def test_agreement_with_math_verify():
-    library = pytest.importorskip("math_verify", reason="math-verify is not installed here (pip install math-verify)")
+    library = pytest.importorskip("math_verify", reason="pip install math-verify")
     pairs, differ = spelled_pairs(600, seed=2), []
     for a, g, equal in pairs:
         theirs = library.verify(library.parse(f"${g}$"), library.parse(f"\\boxed{{{a}}}"))
         if theirs != m.verify(a, g):
-            assert m.verify(a, g) == equal  # where the two differ, this one is right by construction
-            differ.append((a, g, "math-verify says equal" if theirs else "math-verify says different"))
+            assert m.verify(a, g) == equal  # this one is right by construction
+            differ.append((a, g, "math-verify says equal" if theirs else "different"))
     print(f"\nagreement {1 - len(differ) / len(pairs):.1%}", *differ, sep="\n")
-    assert len(differ) / len(pairs) <= 0.03
+    assert len(differ) / len(pairs) <= 0.02
 
 def hostile_strings(n, seed):
     """Mutations and mixtures of answers, LaTeX pieces and code."""
     rng = random.Random(seed)
-    pieces = [s for pair in EQUAL + UNEQUAL for s in pair.split("|")] + HOSTILE[:3] + ["1" * 60, " ", "\n"]
-    pieces += (r"^ { } ( ) 9 x \frac \sqrt sqrt , [ ] \{ _ . % pi oo / * - 10^{99} é = \boxed{ 10 0 ** ! e \text{a} __ "
-               "^{-1/2}").split()
+    pieces = [s for pair in EQUAL + UNEQUAL for s in pair.split("|")]
+    pieces += HOSTILE[:3] + ["1" * 60, " ", "\n"]
+    pieces += (r"^ { } ( ) 9 x \frac \sqrt sqrt , [ ] \{ _ . % pi oo / * - 10^{99} é = \boxed{ 10 "
+               r"0 ** ! e \text{a} __ ^{-1/2} \pm \cup \\ & \infty ~ $").split()
     for _ in range(n):
         s = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 12)))
         for _ in range(rng.randint(0, 3)):
@@ -1623,17 +1760,20 @@ def hostile_strings(n, seed):
         yield s
 
 def tower(rng, depth):
-    """A nested expression: its text, and its value to 200 digits, nan where it has letters, dots, no real value or
-    one beyond 10^70.
+    """Return a nested expression's text and its value to 200 digits.
+
+    The value is nan where there are letters or dots, no real value or one beyond 10^70.
     """
     if depth == 0:
         text = rng.choice(r"2 3 199 0.5 1 10 0 1.0 99999999999999999999 \pi x ...".split())
-        return text, {r"\pi": +mpmath.pi, "x": mpmath.nan, "...": mpmath.nan}.get(text) or mpmath.mpf(text)
+        known = {r"\pi": +mpmath.pi, "x": mpmath.nan, "...": mpmath.nan}
+        return text, known.get(text) or mpmath.mpf(text)
     (a, x), (b, y) = tower(rng, depth - 1), tower(rng, rng.randrange(depth))
     form, value = rng.choice([
         (r"\sqrt{%s}%.0s", lambda: mpmath.sqrt(x)), ("(%s)^{199}%.0s", lambda: x ** 199),
         ("(%s)^{1/2}%.0s", lambda: mpmath.sqrt(x)), ("(%s)^{-1}%.0s", lambda: 1 / x),
-        ("1-(%s)%.0s", lambda: 1 - x), (r"\frac{%s}{%s}", lambda: x / y), ("(%s)+(%s)", lambda: x + y),
+        ("1-(%s)%.0s", lambda: 1 - x), (r"\frac{%s}{%s}", lambda: x / y),
+        ("(%s)+(%s)", lambda: x + y),
         (r"(%s)-\sqrt{%s}", lambda: x - mpmath.sqrt(y)), ("(%s)*(%s)", lambda: x * y),
         ("(%s)^{%s}", lambda: x ** y if abs(y) < 1000 else mpmath.nan)])
     try:
@@ -1644,9 +1784,9 @@ def tower(rng, depth):
     return form % (a, b), mpmath.re(number) if known else mpmath.nan
 
 def attack(strings):
-    """verify on strings, each against a gold answer and itself plus one: never right, never late, and memory stays."""
+    """Verify strings, each against a gold and itself plus one: never right, late, nor leaking."""
     memory, worst = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, (0, "")
-    gc.freeze()  # or else a collection of all that the tests hold, 0.2 s, would count as an answer's
+    gc.freeze()  # or else a collection of all that the tests hold would count as an answer's time
     golds = itertools.cycle(["3", r"\frac{1}{2}", "(1,2)", "x+1", "50%", "0"])
     for s in strings:
         for gold in (next(golds), f"({s})+1"):
@@ -1670,26 +1810,42 @@ def attack_by_towers(n, seed):
 
 def test_nested_latex_is_compared_both_ways_alike_and_equals_itself():
     rng = random.Random(3)
-    texts = [tower(rng, rng.randint(1, 5))[0] for _ in range(1500)] + list(hostile_strings(1500, seed=4))
+    texts = [tower(rng, rng.randint(1, 5))[0] for _ in range(1500)]
+    texts += hostile_strings(1500, seed=4)
     for a, b in zip(texts, texts[1:] + texts[:1]):
-        assert m.verify(a, b) == m.verify(b, a) and m.verify(a, a) == (len(a) <= m.MAX_LENGTH and m.read(a)[0] != [])
+        assert m.verify(a, b) == m.verify(b, a)
+        something = re.search(r"\w", str(m.read(a, hundredths=False)[0])) is not None
+        assert m.verify(a, a) == (len(a) <= m.MAX_LENGTH and something)
 
 def test_constant_answers_earn_no_more_than_their_share():
     rng, problems = random.Random(5), []
     while len(problems) < 500:
         a, b, c = rng.randint(2, 40), rng.randint(2, 12), rng.randint(2, 9)
         problems.append(rng.choice([
-            (f"Ann has {a} boxes of {b} pens each. She gives {c} pens away. How many pens are left?", f"{a * b - c}", a * b - c),
-            (f"Bus #{a} carries {b} people at ${c} each. How many dollars is that? End with #### and the answer.", f"\\${b * c}", b * c),
-            (f"What share of {b * c} is {c}? Write \\boxed{{...}}.", f"\\frac{{1}}{{{b}}}", 1 / b), (f"Solve {a}x = {a * c}.", f"x={c}", c),
-            (f"A square has sides of {a} cm. What is its area?", f"{a * a}\\text{{ cm}}^2", a * a)]))
-    worthless = ["", "...", "no idea", "####", *map("\\boxed{{{}}}".format, ["...", "", "x", "1,2,3,4,5", "2 or 3 or 4", "\\infty", "0/0", "dollars", "cm", "1/0"])]
-    attackers = {text: () for text in worthless} | {"\\boxed{50%}": (0.5, 50), "\\boxed{\\frac12}": (0.5,)}
-    attackers |= {f"\\boxed{{{n}}}": (n,) for n in range(-1, 101)} | {f"#### {n}": (n,) for n in range(10)}
+            (f"Ann has {a} boxes of {b} pens each. She gives {c} pens away. How many are left?",
+             f"{a * b - c}", a * b - c),
+            (f"Bus #{a} carries {b} people at ${c} each. How many dollars is it? Write #### first.",
+             f"\\${b * c}", b * c),
+            (f"What share of {b * c} is {c}? Write \\boxed{{...}}.", f"\\frac{{1}}{{{b}}}", 1 / b),
+            (f"Solve {a}x = {a * c}.", f"x={c}", c),
+            (f"A square has sides of {a} cm. What is its area?", f"{a * a}\\text{{ cm}}^2",
+             a * a)]))
+    boxed = "\\boxed{{{}}}".format
+    attackers = {text: () for text in ("", "...", "no idea", "####", "# 5", "### 5")}
+    for text in ("...", "", "x", "1,2,3,4,5", "2 or 3 or 4", "\\infty", "0/0", "dollars", "cm",
+                 "1/0", "x=", "\\pm 5", "5 million", "5,", "\\text{ cm}^2", "(2,3)"):
+        attackers[boxed(text)] = ()
+    attackers |= {boxed("50%"): (0.5, 50), boxed("\\frac12"): (0.5,), boxed("5 cm"): (5,)}
+    attackers |= {boxed(n): (n,) for n in range(-1, 101)}
+    attackers |= {f"#### {n}": (n,) for n in range(10)}
     for response, values in attackers.items():
-        assert sum(m.verify(m.extract_answer(response), gold) for _, gold, _ in problems) == sum(value in values for _, _, value in problems), response
-    assert not any(m.verify(m.extract_answer(question), gold) or m.verify(question, gold) for question, gold, _ in problems)
-    assert all(m.verify(m.extract_answer(f"so\n#### {gold}"), gold) for _, gold, _ in problems)
+        answer = m.extract_answer(response)
+        earned = sum(m.verify(answer, gold) for _, gold, _ in problems)
+        assert earned <= sum(value in values for _, _, value in problems), response
+    for question, gold, _ in problems:
+        assert not m.verify(m.extract_answer(question), gold)
+        assert not m.verify(question, gold)
+        assert m.verify(m.extract_answer(f"so\n#### {gold}"), gold)
 
 def test_known_killers():
     attack([*HOSTILE, "9" * 30_000_000, "\\frac{" * 5_000_000, "." * 30_000_000])
