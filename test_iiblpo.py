@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import copy
+import functools
 import gc
 import inspect
 import io
@@ -38,7 +39,7 @@ import pytest
 import torch
 import transformers
 from pytest import approx
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import tensor
 
 import ib_tpo as tpo
@@ -725,6 +726,14 @@ def test_policy_loss_by_hand():
         loss, stats = m.policy_loss(tensor([[logp]]), torch.zeros(1, 1), tensor([A]), torch.ones(1, 1), config())
         assert loss.item() == approx(value) and stats["clipped"] == cut  # a ratio is 3 at most
 
+@each("gap", [89, 1000, -1000])
+def test_no_ratio_makes_a_gradient_of_nan(gap):
+    for advantage in (1.0, -1.0):
+        logp = tensor([[float(gap)]], requires_grad=True)
+        old, mask = tensor([[0.0]]), tensor([[1.0]])
+        m.policy_loss(logp, old, tensor([advantage]), mask, config())[0].backward()
+        assert logp.grad.isfinite().all()
+
 def test_policy_loss_slowly():
     logp, old, mask = -torch.rand(5, 7), -2 * torch.rand(5, 7), torch.rand(5, 7) < 0.7
     for A in (torch.randn(5), torch.randn(5, 7)):
@@ -837,7 +846,7 @@ def test_the_tokens_of_an_answer_are_those_of_the_whole_text():
 def test_a_slow_reference_reproduces_the_method(monkeypatch):
     """Ω, Î, S_IB, the selection, the advantages, the loss and its gradient."""
     model, c, (cvae, psa), drawn, candidates, kept = explored(monkeypatch)
-    alike = [replace(candidates[0], text=text) for text in ("9###5", "9#1", "9#2\n#1", "9")]  # the answer is cut off
+    alike = [replace(candidates[0], text=text) for text in ("9#5", "9#1", "9")]  # the answer is cut off
     assert len(set(m.answer_gain(model, TINY, alike, c).tolist())) == 1
     gains, informations, terms = [], [], []
     said = Counter(token for t in candidates for token in t.response[t.start:])
@@ -1184,7 +1193,7 @@ def test_no_column_of_padding_sees_nothing(monkeypatch):
     assert all(mask.any(-1).all() for mask in masks)
 
 def test_the_gap_of_each_step_is_that_of_tokens_without_a_latent(folder):
-    run("--max_steps", 2, "--out", "run")
+    run("--method", "entropy_reg", "--max_steps", 2, "--out", "run")
     assert all(0 < line["sampling_gap"] < 1e-5 for line in metrics("run"))
     model, c, latents = steered("--updates_per_step", 1)
     parents = m.sample(model, TINY, prompts() * 2, c)
@@ -1367,6 +1376,102 @@ def without_eos():
 def test_a_model_that_cannot_be_used_is_one_line(folder, capsys, spoil, message):
     spoil()
     assert message in refused(capsys, *QUICK, "--method", "grpo", "--out", "run") and not Path("run").exists()
+
+def test_an_end_token_may_have_the_id_0(folder):
+    model = small_model(eos_token_id=0)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=0)
+    model.save_pretrained("policy")
+    loaded, _ = m.load_policy(config(*QUICK))
+    assert loaded.generation_config.eos_token_id == [0]
+
+def test_each_end_token_is_listed_once(folder):
+    model = small_model()
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[1, 1, 17])
+    model.save_pretrained("policy")
+    assert m.load_policy(config(*QUICK))[0].generation_config.eos_token_id == [1, 17]
+
+def test_a_prompt_does_not_end_with_an_end_token(folder):
+    """Some tokenizers put EOS behind every text."""
+    backend = TINY.backend_tokenizer.to_str()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(backend), eos_token="<eos>", pad_token="<pad>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)])
+    assert tokenizer("1+2=").input_ids[-1] == 1
+    (problem,) = m.encode([("1+2=", "3")], small_model(), tokenizer, config())
+    assert problem.prompt == TINY("1+2=\n").input_ids
+
+DATED = "{% for x in messages %}{{ strftime_now('%d %b %Y') }} {{ x.content }}{% endfor %}"
+
+def test_a_template_with_the_date_makes_the_same_prompts_every_day():
+    tokenizer = bpe_tokenizer(["What is 1+1? 01 Jan 2026"] * 9)
+    tokenizer.chat_template = DATED
+    text = m.apply_template(tokenizer, [{"role": "user", "content": "What?"}], tokenize=False)
+    assert text == "01 Jan 2026 What?"
+    assert tokenizer.chat_template == DATED  # what is saved is the model's own
+
+def test_a_template_that_raises_is_one_line(folder, capsys):
+    tokenizer = m.tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    tokenizer.save_pretrained("policy")
+    message = refused(capsys, *QUICK, "--out", "run")
+    assert "chat template cannot be used" in message and "roles must alternate" in message
+
+def test_the_tokenizer_is_saved_as_it_was_for_either_release_of_transformers(folder):
+    """transformers 4 does not know the class that transformers 5 writes."""
+    run("--method", "grpo", "--max_steps", 1, "--out", "run")
+    saved = json.loads(Path("run/model/tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (saved["pad_token"], saved["eos_token"]) == ("<pad>", "<eos>")
+    bare = bpe_tokenizer(["What is 1+1?\n\n"] * 9)  # without a pad token
+    m.save_policy(folder / "bare", small_model("Llama"), bare)
+    assert "pad_token" not in json.loads(Path("bare/tokenizer_config.json").read_text())
+    loaded = transformers.AutoTokenizer.from_pretrained("bare")
+    assert loaded("What 1?\n").input_ids == bare("What 1?\n").input_ids
+
+def test_a_model_without_safetensors_is_one_line_and_asks_no_service(folder, capsys, monkeypatch):
+    torch.save(small_model().state_dict(), "policy/pytorch_model.bin")
+    Path("policy/model.safetensors").unlink()
+    monkeypatch.setattr(socket, "getaddrinfo", None)  # whoever asked a service would fail on this
+    assert "safetensors" in refused(capsys, *QUICK, "--out", "run")
+    assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
+
+def test_a_download_that_breaks_names_its_cause(folder, capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        try:
+            raise ConnectionError("the line went dead")
+        except ConnectionError as e:
+            raise OSError("no file named pytorch_model.bin") from e
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", broken)
+    message = refused(capsys, *QUICK, "--out", "run")
+    assert "no file named pytorch_model.bin" in message and "the line went dead" in message
+
+def test_logits_are_fp32_where_the_model_is_bf16(folder, monkeypatch):
+    """So that ln π differs less between sampling and training."""
+    c = config(*QUICK, "--max_new_tokens", 30)
+    gaps = {}
+    for head in ("fp32", "bf16"):
+        model, tokenizer = m.load_policy(c)
+        if head == "bf16":
+            del model.get_output_embeddings().forward
+        with monkeypatch.context() as patch:
+            autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+            patch.setattr(m, "autocast", autocast)
+            seed(0)
+            batch = m.sample(model, tokenizer, prompts() * 20, c)
+            logp, _, mask = m.token_logps(model, batch)
+            with autocast():
+                assert (model(tensor([[5]])).logits.dtype == torch.float32) == (head == "fp32")
+        gaps[head] = (logp[mask] - torch.cat([t.logps for t in batch])).abs().mean().item()
+    assert 0 < gaps["fp32"] < gaps["bf16"]
+
+def test_a_copy_of_the_policy_has_an_output_layer_of_its_own(folder):
+    model, _ = m.load_policy(config(*QUICK))
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+        assert model(tensor([[5]])).logits.abs().max() == 0 < copied(tensor([[5]])).logits.abs().max()
 
 def test_other_architectures_are_for_the_baselines_only(folder, capsys):
     c = transformers.GPT2Config(vocab_size=18, n_embd=32, n_layer=2, n_head=2, eos_token_id=1, bos_token_id=1)
@@ -2383,28 +2488,50 @@ def test_steps_against_trl(tmp_path, monkeypatch):
     print(f"\nseconds\n{times}\ntrajectories a second, to TRL's\n{rate / rate['TRL']}")
     assert rate["GRPO"] >= 1.5 * rate["TRL"] and rate["IB-TPO"] >= 1.8 * rate["TRL"]
 
-STEP_MEMORY = """
-import re, sys, torch, transformers, iiblpo as m
+UPDATE = """
+import re, sys, time, torch, transformers
+script, recompute, rows = __import__(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-    vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-    num_key_value_heads=2, tie_word_embeddings=True))
-config = m.parse_config("iiblpo", ["--model", "x", "--micro_tokens", sys.argv[1], "--method", "grpo"])
-batch = [m.Trajectory([5] * 8, response=[7 + i] * 248, logps=torch.full((248,), -12.0), advantage=1.0)
-         for i in range(int(sys.argv[1]) // 256)]
+    vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+    num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True))
+config = script.parse_config(sys.argv[1], ["--model", "x", "--recompute", recompute])
+extra = script.prepare(model, config) if sys.argv[1] == "ib_tpo" else None  # the reference
+
+def update(rows):
+    if sys.argv[1] == "iiblpo":  # responses of 256 tokens with the prompt
+        batch = [script.Trajectory([5] * 8, response=[7 + i] * 248, logps=torch.full((248,), -12.0),
+                                   advantage=1.0) for i in range(rows)]
+        return script.update(model, optimizer, batch, config)
+    root = script.Node([5] * 8)  # one tree of responses of 1,024 tokens
+    for i in range(rows):
+        script.insert(root, [[7 + i] * 1024], [torch.full((1024,), -12.0)], i % 2)
+    return script.update_on_trees(model, optimizer, [root], config, extra)
+
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-for _ in range(2):  # from the second on Adam's moments are there, too
-    m.update(model, optimizer, batch, config)
-print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+update(1)  # from the second step on Adam's moments are there, too
+began = time.time()
+update(rows)
+seconds = time.time() - began
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2 ** 20
+print(f"{sys.argv[1]}, recompute {recompute}, {rows} rows: {peak:.1f} GiB, {seconds:.0f} s")
 """
 
+def update_of_half_a_billion(*arguments):
+    """Peak memory in GiB and seconds of one update of a random Qwen2.5-0.5B, in fp32 on the CPU."""
+    said = subprocess.check_output([sys.executable, "-c", UPDATE, *arguments], cwd=HERE, text=True)
+    print("\n" + said.strip().splitlines()[-1])
+    return [float(number) for number in re.findall(r"([\d.]+) (?:GiB|s)\b", said)]
+
 @benchmark
-def test_memory_of_an_update_of_half_a_billion_parameters():
-    """A random Qwen2.5-0.5B in fp32 on the CPU: two sizes of a micro-batch, and the line through them."""
-    small, large = (int(subprocess.check_output([sys.executable, "-c", STEP_MEMORY, n], cwd=HERE)) / 2 ** 20
-                    for n in ("512", "1536"))
-    whole = small + (large - small) / 1024 * (config("--model", "x").micro_tokens - 512)
-    print(f"\n{small:.1f} GiB with 512 tokens, {large:.1f} with 1,536: {whole:.1f} at micro_tokens")
-    assert whole <= 19
+def test_memory_of_an_update_at_the_defaults():
+    assert update_of_half_a_billion("iiblpo", "True", "16")[0] <= 16  # 4,096 tokens
+    assert update_of_half_a_billion("ib_tpo", "True", "12")[0] <= 20  # the worst tree, with the KL
+
+@benchmark
+def test_the_price_of_running_layers_again():
+    """In time of the update, on a quarter of the default's tokens."""
+    times = [update_of_half_a_billion("iiblpo", again, "4")[1] for again in ("True", "False")]
+    assert times[0] <= 1.5 * times[1]
 
 @benchmark
 @each("script, flags", list(zip(SCRIPTS, (QUICK, TREES))), ids=SCRIPTS)
