@@ -4,9 +4,12 @@
 # ///
 """IB-TPO: Information Bottleneck Driven Tree-based Policy Optimization (arXiv 2605.28109).
 
-    python ib_tpo.py                                         # a tiny policy, on a laptop
-    python ib_tpo.py --sampler entropy --out runs/entropy    # an ablation; settings are flags
-    python ib_tpo.py --model Qwen2.5-0.5B --out runs/qwen    # a real model, on one GPU
+    python ib_tpo.py
+    python ib_tpo.py --sampler entropy --out runs/entropy
+    python ib_tpo.py --model Qwen2.5-0.5B
+
+These train a tiny policy on a laptop, the same with another sampler, and a real model on one GPU.
+Every field of `Config` is a flag.
 
 Left out: vLLM, sharding, rewards other than right or wrong. The paper has temperature 0.7, top-p
 0.95, top-k 20, 2k tokens and DAPO-Math-17K; here responses are sampled without truncation, so that

@@ -4,9 +4,12 @@
 # ///
 """I²B-LPO: Latent Policy Optimization via Iterative Information Bottleneck (arXiv 2601.05870).
 
-    python iiblpo.py                                         # a tiny policy, on a laptop
-    python iiblpo.py --method grpo                           # a baseline; every setting is a flag
-    python iiblpo.py --model Qwen2.5-0.5B --out runs/qwen    # a real model, on one GPU
+    python iiblpo.py
+    python iiblpo.py --method grpo
+    python iiblpo.py --model Qwen2.5-0.5B
+
+These train a tiny policy on a laptop, the same by a baseline, and a real model on one GPU. Every
+field of `Config` is a flag.
 
 Left out: vLLM, sharding, rewards other than right or wrong. Unlike in the released code, latents
 learn through the policy that they steer.

@@ -2289,6 +2289,20 @@ def test_two_processes_have_the_gradient_of_one_and_train_resume_and_show(folder
 README = (HERE / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
+def test_readme_and_scripts_name_the_same_tested_packages():
+    packages = re.search("^pip install (.*)$", README, re.M)[1].split()
+    pinned = [package for package in packages if "==" in package]
+    assert [package.split("==")[0] for package in pinned] == ["torch", "transformers"]
+    for script in SCRIPTS:
+        header = (HERE / script).read_text(encoding="utf-8")
+        assert json.loads(re.search("# dependencies = (.*)", header)[1]) == packages
+    assert transformers.__version__ in README  # among the releases that are known to work
+
+def test_commands_of_the_readme_survive_pasting():
+    """Into zsh, where "#" begins no comment, and PowerShell 5, which knows no "&&"."""
+    for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S):
+        assert not re.search(r"#|&&|\|\||^\w+=", block, re.M), block
+
 def test_the_commands_of_the_readme_parse():
     text = README.replace("\\\n", " ")
     for name, value in re.findall(r"\bfor (\w+) in ([^\s;]+)", text):  # a shell loop's first value
