@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "transformers>=5.23", "datasets", "sympy", "tqdm"]
+# dependencies = ["torch==2.13.0", "transformers==5.24.0", "datasets", "sympy", "tqdm"]
 # ///
 """IB-TPO: Information Bottleneck Driven Tree-based Policy Optimization (arXiv 2605.28109).
 
@@ -16,18 +16,19 @@ Marks: [P] the paper, after its abstract, its figures and detailed notes on it, 
 read its text; [O] our own choice; other marks name their source. Shapes: B rows, T response tokens,
 S tokens of a packed tree, V vocabulary, H width. Entropies and log-probabilities are in nats.
 """
-import ast
 import contextlib
 import copy
 import functools
 import json
 import math
+import operator
 import os
 import random
 import re
 import sys
 import tempfile
 import time
+import types
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
@@ -35,8 +36,9 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
+import huggingface_hub
+import mpmath
 import pandas
-import sympy
 import torch
 import transformers
 import yaml
@@ -44,11 +46,15 @@ from tokenizers import Tokenizer, decoders, models
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under masks [pytorch#196678]
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # ask no service for a model's other format
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
+huggingface_hub.utils.enable_progress_bars()  # those of downloads, which take longest
 
 
 def setting(default, help):
@@ -67,10 +73,13 @@ class Config:
     seed: int = setting(0, "of problems and sampling")
     out: str = setting("", "the run's folder (runs/METHOD-SEED)")
     resume: bool = setting(False, "go on from the run's last checkpoint")
-    save_every: int = setting(50, "steps between checkpoints")
+    save_every: int = setting(10, "steps between checkpoints")
     show: bool = setting(False, "do not train: print the tree of a problem")
     # problems
-    dataset: str = setting("gsm8k", "gsm8k, math, chain, or a .jsonl, .json or .parquet file")
+    dataset: str = setting("gsm8k", "chain, gsm8k, math, dapo, owner/name or owner/name:config of "
+                           "the hub, or a .jsonl, .json or .parquet file")
+    eval_dataset: str = setting("", "evaluate on another one: math500, aime24, aime25, "
+                                "olympiadbench, or as above")
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
                           "\\boxed{}.", "what the policy is asked")
     operands: list[int] = HfArg(default_factory=[4, 7].copy, help="chain: fewest and most digits")
@@ -100,6 +109,7 @@ class Config:
     kl: float = setting(0.001, "weight of the k3 KL to the frozen starting policy")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     micro_tokens: int = setting(4096, "tokens of one training pass, but a tree at least")
+    recompute: bool = setting(True, "run layers again in the backward pass to save memory")
     # evaluation
     eval_prompts: int = setting(256, "held-out problems")
     eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
@@ -130,7 +140,6 @@ class Trajectory:
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
-    advantage: float = 0.0
 
     def __len__(self):
         return len(self.prompt) + len(self.response)
@@ -356,7 +365,7 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
-    ratio = (logp - old_logp).exp()
+    ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
     too_high = (advantages > 0) & (ratio > 1 + config.clip_high) | (advantages < 0) & (ratio > 3.0)
@@ -414,41 +423,50 @@ def k3(logp, reference):
     """The k3 estimate of KL(π || π_ref) at each token: r - 1 - ln r >= 0, r = π_ref / π. [GRPO]"""
     return (reference - logp).exp() - 1 - (reference - logp)
 
+def trees_loss(model, packs, config, reference):
+    """Return L of some packed trees, a mean over their trajectories' tokens, and other means.
+
+    `sampling_gap` is |ln π - ln π_old|. Before a batch's first optimizer step it is only
+    arithmetic, or else a fault.
+    """
+    logp, weights = tree_logps(model, packs)  # [B, S]
+    old = pad([pack["logps"] for pack in packs]).to(DEVICE)
+    advantages = pad([pack["advantages"] for pack in packs]).to(DEVICE)
+    loss, means = policy_loss(logp, old, advantages, weights, config)
+    means["sampling_gap"] = ((logp - old).abs() * weights).sum() / weights.sum()
+    if config.kl > 0:
+        with torch.no_grad():
+            reference_logp, _ = tree_logps(reference, packs)
+        means["kl"] = (k3(logp, reference_logp) * weights).sum() / weights.sum()
+        loss = loss + config.kl * means["kl"]
+    return loss, means
+
 def update_on_trees(model, optimizer, roots, config, reference=None):
     """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
 
     Trees without advantage count in the mean, but are run only for the KL.
     """
     packs = [pack_tree(root, step_advantages(root, config)) for root in roots]
-    stats, norm = Counter(loss=0, tokens_trained=0, tokens_unique=0), 0.0
+    sums = Counter(loss=0, tokens_trained=0, tokens_unique=0)
+    norm = 0.0
     for i in range(config.updates_per_step):
         part = packs[i::config.updates_per_step]
         tokens = sum(gather([sum(pack["weights"].sum().item() for pack in part)]))
         if config.kl == 0:
             part = [pack for pack in part if pack["advantages"].any()]
-        trained = sum(gather([sum(pack["weights"].sum().item() for pack in part)]))
-        for rows in micro_batches([len(pack["input_ids"]) for pack in part], config.micro_tokens):
+        sizes = [len(pack["input_ids"]) for pack in part]
+        for rows in progress(micro_batches(sizes, config.micro_tokens), "update"):
             micro = [part[row] for row in rows]
-            logp, weights = tree_logps(model, micro)
-            old = pad([pack["logps"] for pack in micro]).to(DEVICE)
-            advantages = pad([pack["advantages"] for pack in micro]).to(DEVICE)
-            loss, found = policy_loss(logp, old, advantages, weights, config)
-            if config.kl > 0:
-                with torch.no_grad():
-                    reference_logp, _ = tree_logps(reference, micro)
-                found["kl"] = (k3(logp, reference_logp) * weights).sum() / weights.sum()
-                loss = loss + config.kl * found["kl"]
-            share_of_tokens = weights.sum() / tokens
-            (share_of_tokens * loss).backward()
-            stats["loss"] += (share_of_tokens * loss).item() / config.updates_per_step
-            for name, value in found.items():
-                stats[name] += (weights.sum() / trained * value).item() / config.updates_per_step
-            stats["tokens_trained"] += weights.sum().item()
-            stats["tokens_unique"] += (weights > 0).sum().item()
-        if trained > 0:
+            with recompute_layers(model, config):
+                loss, means = trees_loss(model, micro, config, reference)
+            micro_tokens = sum(pack["weights"].sum().item() for pack in micro)
+            (micro_tokens / tokens * loss).backward()
+            sums["loss"] += micro_tokens / tokens * loss.item() / config.updates_per_step
+            sums["tokens_unique"] += sum((pack["weights"] > 0).sum().item() for pack in micro)
+            add_means(sums, means, micro_tokens)
+        if sum(gather([len(part)])) > 0:
             norm = take_step(model, optimizer, config)
-    total = pandas.DataFrame(gather([stats])).sum().to_dict()
-    return {**total, "grad_norm": norm}
+    return total_means(sums) | {"grad_norm": norm}
 
 # ==== The training step
 
@@ -468,6 +486,8 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
     stats = update_on_trees(model, optimizer, list(roots.values()), config, reference)
 
     # 4. log
+    if step % 10 == 0:
+        print_response(trajectories[0])
     nodes = [node for root in roots.values() for node in root.walk() if node.children]
     scores = gather([ib_score(node, config.beta) for node in nodes])
     covs = gather([ib_covariance(node, config.beta) for node in nodes if len(node.children) > 1])
@@ -488,10 +508,36 @@ def prepare(model, config):
         return torch.nn.ModuleList()
     return copy.deepcopy(model).requires_grad_(False)
 
+def check_policy(model, tokenizer, reference, problems, config):
+    """Hold ln π as it was recorded while sampling against a row alone and a packed tree. [O]
+
+    Ends the program in one line for models that see more than a tree's mask and positions tell
+    them, as those with ALiBi or local attention do: their update would be silently wrong.
+    """
+    torch.manual_seed(config.seed)
+    ordered = sorted(problems, key=len)  # of the shortest and the longest prompts, for padding
+    few = share((ordered[:2] + ordered[-2:]) * WORLD)
+    small = replace(config, tree=[2, 2, 1, 1], sampler="random",
+                    max_new_tokens=min(CHECK_TOKENS, config.max_new_tokens))
+    roots, trajectories = grow(model, tokenizer, few, small, random.Random(config.seed))
+    alone, packed = [], []
+    try:
+        with torch.no_grad():
+            for t in trajectories:
+                alone.append(row_logps(model, t) - t.logps[t.start:])
+            for root in roots.values():
+                pack = pack_tree(root, dict.fromkeys(root.walk(), 0.0))
+                logp, weights = tree_logps(model, [pack])
+                packed.append((logp.cpu() - pack["logps"])[weights.cpu() > 0])
+    except (TypeError, ValueError) as e:
+        fail(f"{type(model).__name__} takes no packed trees: {e}")
+    report_gaps({"a row alone": torch.cat(alone), "a packed tree": torch.cat(packed)})
+
 def show(config):
     """Print the tree of a held-out problem; after a run, with --model RUN/model."""
+    _, heldout = load_problems(config)  # first: a mistyped data set shows sooner than a model
     model, tokenizer = load_policy(config)
-    heldout = encode(load_problems(config)[1], model, tokenizer, config)
+    heldout = encode(heldout, model, tokenizer, config)
     torch.manual_seed(config.seed)
     problem = heldout[config.seed % len(heldout)]
     roots, _ = grow(model, tokenizer, [problem], config, random.Random(config.seed))
@@ -511,66 +557,171 @@ def show(config):
 
 # ==== Supporting code, which any such script needs: the same words in both
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LOGITS = 2 ** 25  # logits held at a time
-HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}
-autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+
+# Cards before Ampere, such as Colab's T4, only emulate bf16, which is slow: they compute in fp32.
+BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+LOGITS = 2 ** 25  # the most logits that are held at a time
+CHECK_TOKENS = 128  # of a response of the self-check
+HUB = {  # repository:configuration on the hub, and where the columns were seen
+    "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
+    "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
+    "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
+    "math500": "HuggingFaceH4/MATH-500",  # problem, answer [lighteval: math_500.py]
+    "aime24": "HuggingFaceH4/aime_2024",  # problem, answer [lighteval: aime.py]
+    "aime25": "math-ai/aime25",  # problem, answer [lm-evaluation-harness: aime25.yaml]
+    "olympiadbench":  # question, final_answer as a list [evalscope: olympiad_bench_adapter.py]
+        "Hothan/OlympiadBench:OE_TO_maths_en_COMP"}
+autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=BF16)
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
+
+# A bar appears for what takes longer than five seconds. In a log file it moves every 20 seconds.
+progress = functools.partial(tqdm, delay=5, mininterval=0.1 if sys.stderr.isatty() else 20,
+                             leave=False, disable=RANK > 0)
+
+def visible_mask(*args, **kwargs):
+    """Return transformers' attention mask, in which a column that would see nothing sees all.
+
+    Columns of left padding see only padding, which is masked. CUDA answers NaN there, and the NaN
+    spreads to the tokens in the next layer [transformers#47651]. What padding sees has no effect.
+    """
+    mask = sdpa_mask(*args, **kwargs)  # [B, 1, Q, K], or None where it is merely causal
+    return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
+transformers.AttentionMaskInterface.register("sdpa", visible_mask)
+
+class Recorder(transformers.LogitsProcessor):
+    """Draw each token of one `generate` call, and record its ln π and its entropy H_t.
+
+    `generate` does not tell the log-probability of what it draws. So the token is drawn here, and
+    the logits that are handed back leave `generate` no other choice.
+    """
+
+    def __init__(self, greedy, bar):
+        self.greedy = greedy
+        self.bar = bar
+        self.records = []  # of each token [B, 2]: ln π(o_t) and H_t
+
+    def __call__(self, input_ids, logits):
+        logp = logits.log_softmax(-1)  # [B, V]
+        if self.greedy:
+            token = logp.argmax(-1, keepdim=True)  # [B, 1]
+        else:
+            token = torch.multinomial(logp.exp(), 1)  # [B, 1]
+        entropy = token_entropy(logits)[:, None]
+        self.records.append(torch.cat([logp.gather(1, token), entropy], 1))
+        self.bar.update()
+        return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
+
+def cut_at_end(tokens, room, eos):
+    """Return the tokens up to the first EOS, or those there is room for; and whether EOS came.
+
+    cut_at_end([5, 6, 1, 0], room=9, eos=[1]) -> ([5, 6, 1], True)
+    """
+    for length, token in enumerate(tokens[:room], 1):
+        if token in eos:
+            return tokens[:length], True
+    return tokens[:room], False
 
 def token_entropy(logits):
     """H_t = -Σ_v p_t(v) ln p_t(v), p_t the softmax of raw logits [..., V]; returns [...]."""
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
     return -(logp.exp() * logp).sum(-1)
 
-def sample(model, tokenizer, begun, config, greedy=False, steer=None):
-    """Go on from each trajectory of `begun`, a prompt or a prefix, at temperature 1; in order.
+def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
+    """Return each trajectory of `prefixes`, a prompt or the beginning of a response, continued.
 
-    steer(rows, column): a context manager for going on from those rows, behind that column.
+    Tokens are drawn at temperature 1 without truncation [O], because ln π_old must be that of the
+    distribution which was sampled from. steer(rows, column) returns a context manager that steers
+    these rows behind that column.
     """
-    def draw(_, logits):  # the next token is drawn and noted here; `generate` is left no choice
-        logp = logits.log_softmax(-1)
-        token = logp.argmax(-1, keepdim=True)
-        if not greedy:
-            token = torch.multinomial(logp.exp(), 1)
-        noted.append(torch.cat([logp.gather(1, token), token_entropy(logits)[:, None]], 1))
-        return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
-
-    results = list(begun)
-    room = [config.max_new_tokens - len(t.response) for t in begun]
-    # rows that may go on for long share a call: it lasts as long as its longest
-    longest = [len(t.prompt) + n for t, n in zip(begun, room)]
-    for rows in micro_batches(longest, config.generate_tokens):
-        ids = [begun[row].prompt + begun[row].response for row in rows]
-        inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(DEVICE)  # on the left
-        width, noted = inputs["input_ids"].shape[1], []
+    results = list(prefixes)
+    eos = model.generation_config.eos_token_id
+    rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
+    sizes = [len(t.prompt) + config.max_new_tokens for t in prefixes]
+    calls = micro_batches(sizes, config.generate_tokens)
+    bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
+    for rows in calls:
+        ids = [torch.tensor(prefixes[row].prompt + prefixes[row].response) for row in rows]
+        ids = pad(ids, padding_value=-1, padding_side="left").to(DEVICE)  # [B, width]
+        width = ids.shape[1]
+        recorder = Recorder(greedy, bar)
         with autocast(), steer(rows, width - 1) if steer else contextlib.nullcontext():
-            ids = model.generate(**inputs, max_new_tokens=max(room[row] for row in rows),
-                                 logits_processor=[draw])
-        for row, new, notes in zip(rows, ids[:, width:].tolist(), torch.stack(noted, 1).cpu()):
-            t, eos = begun[row], model.generation_config.eos_token_id
-            ends = [n for n, token in enumerate(new[:room[row]], 1) if token in eos]
-            n = min(ends, default=room[row])
-            response = t.response + new[:n]
+            ids = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
+                                 max_new_tokens=max(rooms[row] for row in rows),
+                                 logits_processor=[recorder])
+        records = torch.stack(recorder.records, 1).cpu()  # [B, T, 2]
+        for row, tokens, record in zip(rows, ids[:, width:].tolist(), records):
+            t = prefixes[row]
+            tokens, complete = cut_at_end(tokens, rooms[row], eos)
+            response = t.response + tokens
+            logp, entropy = record[:len(tokens)].T
             results[row] = replace(
-                t, response=response, start=len(t.response), complete=bool(ends),
+                t, response=response, start=len(t.response), complete=complete,
                 text=tokenizer.decode(response, skip_special_tokens=True),
-                logps=torch.cat([t.logps, notes[:n, 0]]),
-                entropy=torch.cat([t.entropy, notes[:n, 1]]))
+                logps=torch.cat([t.logps, logp]), entropy=torch.cat([t.entropy, entropy]))
+    bar.close()
     return results
 
 def score(model, states, targets):
-    """ln π of tokens `targets` [N] at hidden states [N, H], and H_t there: [2, N]."""
-    def part(states, targets):
-        logits = model.get_output_embeddings()(states).float()
+    """Return ln π of the tokens `targets` [N] at hidden states [N, H], and H_t there: [2, N].
+
+    Logits are made in chunks, and made again in the backward pass. All at once are gigabytes.
+    """
+    def score_chunk(states, targets):
+        logits = model.get_output_embeddings()(states).float()  # [n, V]
         logp = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
         return torch.stack([logp, token_entropy(logits)])
 
-    # logits are made in chunks, and again in the backward pass: all at once they are gigabytes
     size = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
     chunks = zip(states.split(size), targets.split(size))
-    return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks], 1)
+    return torch.cat([checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks], 1)
+
+@contextlib.contextmanager
+def recompute_layers(model, config):
+    """Let layers that run in the block keep only their input, if `config.recompute` is set.
+
+    The backward pass runs them again. transformers offers the same in training mode only, where
+    dropout would make other log-probabilities than those that were sampled.
+    """
+    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+    for layer in layers if config.recompute else []:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    yield
+    for layer in layers:
+        vars(layer).pop("forward", None)  # what is left is the method of its class
+
+def full_precision(head, states):
+    """Return the logits of an output layer in fp32, also where the rest of the model is in bf16.
+
+    bf16 rounds a logit of 20 to steps of 0.125, so that ln π would differ between two passes [O].
+    """
+    with torch.autocast(DEVICE, enabled=False):
+        return type(head).forward(head, states.float())
+
+def row_logps(model, t):
+    """Return ln π of a trajectory's own tokens, [T - start], by a plain pass of its row alone."""
+    ids = torch.tensor([t.prompt + t.response], device=DEVICE)
+    begin = len(t.prompt) + t.start
+    with autocast():
+        logits = model(ids).logits[0, begin - 1:-1].float()
+    return logits.log_softmax(-1).gather(1, ids[0, begin:, None])[:, 0].cpu()
+
+def report_gaps(gaps):
+    """Print differences in ln π between sampling and training, {what: [N]}; stop at a large one.
+
+    In fp32 arithmetic explains less than 0.001 nats, and the smallest fault that was seen made
+    0.07. In bf16 the noise of a token is 0.02, at most 0.2 among hundreds, and wrong masks or
+    positions make 2 to 3 nats. The bounds lie between. [O]
+    """
+    bound = 0.5 if BF16 else 0.01
+    largest = {what: gap.nan_to_num(nan=math.inf).max().item() for what, gap in gaps.items()}
+    found = ", ".join(f"{what} {gap:.2g}" for what, gap in largest.items())
+    print(f"self-check: ln π of sampling and of training differ by {found} nats", flush=True)
+    if max(largest.values()) > bound:
+        fail(f"ln π of sampling and of training differ by {found} nats, where arithmetic explains "
+             f"{bound}: the script does not fit this model or this release of transformers")
 
 def micro_batches(lengths, tokens):
     """Lists of indices, like lengths together: `tokens` at most (items x longest), or one item."""
@@ -595,6 +746,24 @@ def take_step(model, optimizer, config):
     optimizer.zero_grad()
     return norm
 
+def add_means(sums, means, tokens):
+    """Add the means over so many tokens of a micro-batch, times these, to the sums."""
+    for name, value in means.items():
+        sums[name] += value.item() * tokens
+    sums["tokens_trained"] += tokens
+
+def total_means(sums):
+    """Return the means over all trained tokens, those of other processes included.
+
+    Names that begin with "tokens" are counts, and stay sums, as the loss does.
+    """
+    total = pandas.DataFrame(gather([sums])).sum().to_dict()
+    for name in total:
+        if name != "loss" and not name.startswith("tokens"):
+            total[name] /= max(1, total["tokens_trained"])
+    total["sampling_gap"] = total.get("sampling_gap", 0) / (total.pop("bare", 1) or 1)
+    return total
+
 def gather(items):
     """The items of all processes in one list."""
     lists = [items] * WORLD
@@ -607,7 +776,10 @@ def share(problems):
     return [replace(t, group=i) for i, t in enumerate(problems)][RANK::WORLD]
 
 def load_policy(config):
-    """The policy in fp32, and its tokenizer, which pads on the left."""
+    """Return the policy, in fp32 and without dropout, and its tokenizer.
+
+    Ends the program in one line where they cannot be loaded or used.
+    """
     name = config.model
     if name == "tiny":
         name = warm_start(config)
@@ -617,30 +789,65 @@ def load_policy(config):
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(DEVICE)
-        # tokenizer.json as it is: AutoTokenizer may put the family's stock tokenizer in its place
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name, padding_side="left")
+        # This reads tokenizer.json as it is. AutoTokenizer may put the family's own in its place.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
     except Exception as e:  # whatever a hub, a network or a file raises
-        fail(f"cannot load the model {name}: {e}")
-    eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    if eos is None:
+        fail(f"cannot load the model {name}: {with_cause(e)}")
+    eos = end_tokens(model, tokenizer)
+    if not eos:
         fail(f"{name} has no end-of-sequence token: no response would ever end")
-    eos = list(eos) if isinstance(eos, list) else [eos]  # many chat models have several
-    if tokenizer.chat_template:  # what ends a turn ends a response, also of a base model
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
-        ids = tokenizer(rest, add_special_tokens=False).input_ids
-        eos += [token for token in ids[:1] if token in tokenizer.added_tokens_decoder]
-    # a model's own defaults (top-k 20, ...) would bend the distribution that ln π is taken of
+    # A model's own defaults (top-k 20, ...) would bend the distribution that ln π is taken of.
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=eos[0])
-    tokenizer.pad_token_id = eos[0]
+    head = model.get_output_embeddings()
     with torch.no_grad():
         out = model(torch.tensor([eos], device=DEVICE), output_hidden_states=True)
-    if not out.logits.allclose(model.get_output_embeddings()(out.hidden_states[-1]), atol=1e-3):
-        fail(f"{name} scales or caps its logits, or has none that are finite: not supported")
-    return model.eval(), tokenizer  # for good: dropout would bend the ratios
+        if not out.logits.allclose(head(out.hidden_states[-1]), atol=1e-3):
+            fail(f"{name} scales or caps its logits, or has none that are finite: not supported")
+    head.forward = types.MethodType(full_precision, head)
+    return model.eval(), tokenizer  # dropout would make other log-probabilities in training
+
+def with_cause(error):
+    """Return an exception's message with that of the one that it began with, if that is another."""
+    cause = error
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__
+    return repr(error) if cause is error else f"{str(error)[:300]} (it began with {cause!r})"
+
+def end_tokens(model, tokenizer):
+    """Return the ids of the tokens that end a response, each once; [] if there are none."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if type(eos) is not list:  # many chat models have several
+        eos = [] if eos is None else [eos]
+    if tokenizer.chat_template:
+        # What ends a turn ends a response, also that of a base model with a chat template.
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        rest = apply_template(tokenizer, turns, tokenize=False).rpartition("!")[2]
+        ids = tokenizer(rest, add_special_tokens=False).input_ids
+        eos = eos + [token for token in ids[:1] if token in tokenizer.added_tokens_decoder]
+    return list(dict.fromkeys(eos))
+
+def apply_template(tokenizer, messages, **options):
+    """Return what the chat template makes of messages, [{"role": ..., "content": ...}, ...].
+
+    Templates that print the date get the same one always, so that a run which is resumed on another
+    day has the same prompts. Qwen3's thoughts, which a response would be too short for, are off.
+    """
+    date = "{% macro strftime_now(form) %}01 Jan 2026{% endmacro %}"
+    try:
+        template = date + tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False,
+                                             enable_thinking=False, **options)
+    except Exception as e:  # a template is a program, and may raise whatever it likes
+        fail(f"the model's chat template cannot be used: {with_cause(e)}")
 
 def load_problems(config):
-    """(question, gold) pairs to train on, and held-out ones: of a file the last, at most half."""
+    """Return the problems to train on and the held-out ones, two lists of (question, gold).
+
+    Held out are `eval_prompts` problems of `eval_dataset`, else of the data set's own test split,
+    else its last ones, at most half. Ends the program in one line where they cannot be loaded.
+    """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
         # seeds with names: random.Random(-1) would be Random(1), the stream of --seed 1
@@ -649,50 +856,99 @@ def load_problems(config):
         heldout = chain_questions(random.Random("held out"), config.operands, True, n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
     try:
-        if name in HUB:
-            tables = datasets.load_dataset(*HUB[name])
-            tables["test"] = tables["test"].shuffle(seed=0)  # MATH's is sorted by subject
+        tables = load_tables(name)
+        train = tables.get("train", next(iter(tables.values())))
+        if config.eval_dataset:
+            name = config.eval_dataset
+            tables = load_tables(name)
+            test = tables.get("test", next(iter(tables.values()))).shuffle(seed=0)
+        elif "test" in tables:
+            test = tables["test"].shuffle(seed=0)  # it may be sorted by subject
         else:
-            kind = Path(name).suffix[1:].replace("jsonl", "json")
-            rows = datasets.load_dataset(kind, data_files=name, split="train")
-            tables = rows.train_test_split(min(n, len(rows) // 2), shuffle=False)
-        train, heldout = read_rows(tables["train"], name), read_rows(tables["test"], name)[:n]
+            split = train.train_test_split(min(n, len(train) // 2), shuffle=False)
+            train, test = split["train"], split["test"]
+        heldout = read_rows(test, name)[:n]
+        known = dict(heldout)
+        train = [pair for pair in read_rows(train, config.dataset) if pair[0] not in known]
     except Exception as e:  # whatever a hub, a network or a parser raises
-        fail(f"cannot load the dataset {name}: {e!r}")
-    known = dict(heldout)
-    train = [pair for pair in train if pair[0] not in known]
-    if len(train) < WORLD:
-        fail(f"{name} has {len(train)} problems that are not held out, for {WORLD} processes")
+        fail(f"cannot load the dataset {name}: {with_cause(e)}")
+    if min(len(train), len(heldout)) < WORLD:
+        fail(f"{config.dataset} has {len(train)} problems that are not held out and {len(heldout)} "
+             f"that are, for {WORLD} processes")
     return train, heldout
 
+def load_tables(name):
+    """Return the tables of a data set by the names of its splits, from a file or from the hub."""
+    kind = Path(name).suffix[1:].replace("jsonl", "json")
+    if kind in ("json", "parquet"):
+        return datasets.load_dataset(kind, data_files=name)
+    repository, _, subset = HUB.get(name, name).partition(":")
+    if "/" not in repository:
+        fail(f"there is no data set {name}: name one of {', '.join(HUB)}, owner/name or "
+             f"owner/name:config of the hub, or a file that ends in .jsonl, .json or .parquet")
+    return datasets.load_dataset(repository, subset or None)
+
 def read_rows(table, name):
-    """(question, final answer) of each row of a `datasets` table."""
+    """Return (question, gold) of each row of a table.
+
+    Rows with an empty box for an answer are left out, as two of MATH's are. Other rows without a
+    question or an answer end the program in one line.
+    """
     pairs = []
     for row in table:
-        question = row.get("problem", row.get("prompt", row.get("question")))
-        answer = row.get("answer", row.get("solution"))
-        gold = extract_answer(str(answer))
+        columns = {column.lower(): value for column, value in row.items()}
+        question, gold = question_of(columns), gold_of(columns)
         if gold == "":
-            continue  # two of MATH's solutions end in an empty box
-        gold = gold or str(answer).strip()
-        asked = type(question) is str and question and answer is not None
-        if not asked or not 0 < len(gold) <= MAX_LENGTH:
+            continue
+        if not question or gold is None or len(gold) > MAX_LENGTH:
             fail(f"{name} needs in each row a question (or problem, prompt) and an answer (or "
-                 f"solution) of at most {MAX_LENGTH} characters, unlike {row}")
+                 f"final_answer, solution) of at most {MAX_LENGTH} characters, unlike {row}")
         pairs.append((question, gold))
     return pairs
 
+def first_of(columns, *names):
+    """Return the value of the first of these columns that has one, or None."""
+    return next((columns[name] for name in names if columns.get(name) is not None), None)
+
+def question_of(columns):
+    """Return the question of a row, or None. Of chat messages it is the user's last one."""
+    question = first_of(columns, "question", "problem", "prompt")
+    if type(question) is list:
+        said = [x.get("content") for x in question if type(x) is dict and x.get("role") == "user"]
+        question = said[-1] if said else None
+    if type(question) is not str:
+        return None
+    # DAPO-Math-17K wraps its problems in words of its own, which ask for another form of answer.
+    return re.sub(r"^Solve the following math problem step by step\. The last line .*\n\n|"
+                  r"\n\nRemember to put your answer on its own line .*$", "", question)
+
+def gold_of(columns):
+    """Return the final answer of a row; None for what no response could meet.
+
+    A list of one answer is that answer. Other lists, dictionaries, dates and NaN are no answers.
+    """
+    nested = columns.get("reward_model")
+    truth = nested.get("ground_truth") if type(nested) is dict else None
+    gold = first_of({**columns, "truth": truth}, "answer", "final_answer", "truth", "solution")
+    while type(gold) is list and len(gold) == 1:
+        gold = gold[0]
+    if type(gold) not in (str, int, float) or gold != gold:
+        return None
+    answer = extract_answer(str(gold))
+    return answer if answer is not None else str(gold).strip() or None
+
 def encode(pairs, model, tokenizer, config):
-    """Problems with their prompts, in the tokenizer's chat template where it has one."""
+    """Return problems with their prompts, in the tokenizer's chat template where it has one."""
     problems = []
     for question, gold in pairs:
         text = config.prompt.replace("{question}", question)
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False,
-                                                enable_thinking=False)  # Qwen3's thoughts are long
+            ids = apply_template(tokenizer, chat, add_generation_prompt=True)
         else:
             ids = tokenizer(text).input_ids
+            while ids[-1] == tokenizer.eos_token_id:
+                ids.pop()  # some tokenizers end every text with EOS
         problems.append(Trajectory(ids, question, gold))
     longest = max(len(t.prompt) for t in problems) + config.max_new_tokens
     if longest > getattr(model.config, "max_position_embeddings", longest):
@@ -783,7 +1039,7 @@ def warm_start(config):
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
     muon = torch.optim.Muon(matrices, weight_decay=0.0)  # takes half the steps of AdamW here
     adam = torch.optim.AdamW(others, weight_decay=0.0)
-    for step in tqdm(range(config.warm_steps), "warm start", disable=None):
+    for step in progress(range(config.warm_steps), "warm start"):
         digits = rng.randint(low, high)  # one length a batch: nothing to pad
         questions = chain_questions(rng, [digits, digits], False, 64)
         pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
@@ -798,7 +1054,7 @@ def warm_start(config):
             optimizer.param_groups[0]["lr"] = lr * pace
             optimizer.step()
             optimizer.zero_grad()
-    save_atomically(folder, model.save_pretrained, tokenizer.save_pretrained)
+    save_policy(folder, model, tokenizer)
     return folder
 
 def own_tokens(trajectories):
@@ -814,98 +1070,136 @@ def judge(trajectories, config):
         else:
             t.reward = float(verify(answer, t.gold))
 
-MAX_LENGTH = 300  # a longer answer is wrong, one beyond value_of's limits is compared as text [O]
-DIGITS = 400
-UNIT = (r"%|(?: m|[ckm]m|kg|ft|feet|inch|hour|day|month|dollar|degree|people)(?:\^[23])?|(?<=[ })])"
-        r"(?!(?:time|equal|pair|halve|third|quarter|two|three|four|five|sixe|seven|eight|nine|ten|"
-        r"dozen|hundred|thousand|\w*illion|perhap)s)[a-z]{2,}[a-gj-rtv-z](?=s)")  # plurals
-NESTED = [(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)"),
-          (r"\\sqrt\{([^{}]*)\}|\bsqrt\(([^()]*)\)", r"((\1\2)^(1/2))"),
-          (r"\\sqrt\[(\d+)\]\{([^{}]*)\}", r"((\2)^(1/\1))")]  # the innermost braces first
-SPELLINGS = [  # LaTeX to Python, in this order; a unit or a list's brackets go on a line below [O]
-    (r"\\!|\\(?:left|right|displaystyle)\b|(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})", ""),
-    (r"(?<=\\)[dt](?=fr)|\\(?=[%/])|\+(?=\\infty)", ""), (r"_\{(\w+)\}", r"_\1"), ("[−–‑]", "-"),
-    (r"\\(?:text|math|mbox)\w*\s*\{([^{}]*)\}", r" \1 "), (r"\\times|\\cdot|×|·", "*"),
-    (r"(?:(?<!\\)\\[,;: ]|\\[()]|(?<!\\)\$|~|\s)+", " "), (r" ?\^ ?\{?\\circ\}?", " degrees"),
-    (r"^ ?(?:[A-Za-z] ?(?:=|\\in\b) ?)?\+?|[. ]*$", ""), (r"(?<=\d)[eE](\d\d?)\b", r"*10^\1"),
-    (r"^(-?)\\\$ ?([\d.,]+)(?: dollars)?$", r"\1\2 dollars"), (r"(?<![\w.)}])(\d+)!", r"(fact\1)"),
-    (r"^-?\d{1,3}(,\d{3})+(?![\d,])", lambda n: n[0].replace(",", "")),
-    (r",? ?\b(?:or|and) ", ","),
-    (r" ?([^\w .]) ?|(?<![\w.])0+(?=\d)", r"\1"), (r"^\\\{(.*)\\\}$", r"\1"),  # { 1, 02 } -> 1,2
-    (r"^([\[(])(.*,.*)([\])])$", r"\2\n\1\3"), (r"\^\{(\w)\}(?!\w)", r"^\1"),
-    (r"^(.*,.*)$", r"\1\n{}"), (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"), (r"(c\{\d\})(\d)", r"\1{\2}"),
-    (r"(?<![\w.^/)}])(\d+)(?:\\frac\{| )(\d+)(?:\}\{|/)(\d+)(?:\}|(?![\w.]))", r"(\1+\2/\3)"),
-    (rf"(?<=[\d)}}]) ?({UNIT})s?$", r"\n\1"), *NESTED * 10, (r" ?(?:\\|\b)pi\b", "(pi)"),
-    (r"(?<=[\d)]) ?(?=[A-Za-z])|(?<=[\w)])(?=\((?!\d+\)))", "*"),  # 2x is a product, 6 (7) is not
-    (r"\b(a(?=[bc]\b)|b(?=c\b)|[xyz](?=[xyz]\b))", r"\1*"),  # and xy is one
-    (r"^(?=.*(?a:[^-+*/^(),.\w \n]|_|\d{60}|(?=\d*\.)[\d.]{17}))", "text: "),  # other signs: text
-    (r"^(?=.*\b[A-Za-z]\b)(?=.*\^(?!-?\d+\b(?!\.)|\(-?\d+\)))", "text: "),  # x^y: text
-    (r"\^", "**")]
+MAX_LENGTH = 300  # characters; a longer answer is wrong, which bounds every stage below [O]
+REALS = mpmath.mp.clone()
+REALS.dps = 300  # digits that are calculated; 200 of them are compared [O]
+
+def find_answer(text):
+    r"""Return a response's answer and where its marker begins: "so #### **5**" -> ("5", 3).
+
+    That is the last "\boxed{5}", else "\boxed 5", "#### 5" or "#5", else (None, len(text)).
+    """
+    def last(pattern):
+        return max(re.finditer(pattern, text), key=re.Match.start, default=None)
+    box, depth = last(r"\\f?box(?:ed)?\s*\{"), 0
+    for brace in re.compile("[{}]").finditer(text, box.end() - 1) if box else []:
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[box.end():brace.start()].strip(), box.start()
+    found = last(r"\\boxed\s+([^\s$]*[^\s$.,])") or last(r"(?<!#)####[^\S\n]*([^\s#].*)")
+    found = found or last(r"(?<!#)#([^\s#].*)")  # "# Check" and "### Check" are headings
+    return (found[1].split(" #")[0].strip("* \t\r"), found.start()) if found else (None, len(text))
 
 def extract_answer(text):
-    r"""The last \boxed{...}, else "\boxed 5", else what follows the last "#": "#### 5" -> "5"."""
-    _, boxed, tail = re.sub(r"\\f?box(ed)?\s*\{", r"\\boxed{", text).rpartition("\\boxed{")
-    depth = 1
-    for brace in re.finditer("[{}]", tail):
-        depth += 1 if brace.group() == "{" else -1
-        if boxed and depth == 0:
-            return tail[:brace.start()].strip()
-    found = re.findall(r"\\boxed\s+([^\s$]*[^\s$.,])", text)
-    found = found or re.findall(r"#[^\S\n]*([^\s#].*)", text)
-    return found[-1].strip() if found else None
+    r"""Return a response's answer, or None: "3+8\n1\n#1" -> "1"."""
+    return find_answer(text)[0]
 
-def value_of(node):
-    """A syntax tree's real number, a letter being a transcendental one; else ValueError."""
-    number = sympy.nan
-    match node:
-        case ast.Constant(n) if type(n) in (int, float): number = sympy.Float(str(n), DIGITS)
-        case ast.Name("pi"): number = sympy.pi.evalf(DIGITS)
-        case ast.Name(x) if re.fullmatch(r"fact\d\d?", x):
-            number = sympy.factorial(int(x[4:])).evalf(DIGITS)
-        case ast.Name(x) if len(x) == 1: number = sympy.sin(ord(x)).evalf(DIGITS)
-        case ast.UnaryOp(ast.USub(), a): number = -value_of(a)
-        case ast.BinOp(left, sign, right):
-            a, b = value_of(left), value_of(right)
-            match sign:
-                case ast.Add(): number = a + b
-                case ast.Sub(): number = a - b
-                case ast.Mult(): number = a * b
-                case ast.Div() if b: number = a / b
-                case ast.Pow() if 0.01 < abs(b) <= 100:  # others are huge, or too near to 1
-                    number = a ** b  # a root of a < 0: complex, so no Float
-    if number.is_zero or number.is_Float and 1e-80 < abs(number) < 10 ** 80:
-        return number
-    raise ValueError("not a real number of bounded size")
+READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
+    \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
+    −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
+    \geq=>\ge ≥=>\ge~ >==>\ge~ \neq=>\ne \lt=>< \gt=>> ∞=>\infty~ infinity=>\infty &=>, ;=>, or=>,
+    and=>, ∪=>, \cup=>, \varnothing=>\emptyset \\=>),( \%=>% percent=>% pct=>%""".split())
+SPELLINGS = [  # patterns and what replaces them, in this order
+    (r"\\(?:text|math|mbox|bold)\w*\s*\{([^{}]*)\}", r" \1 "),  # 5\text{ cm} -> 5 cm
+    (r"(?<=\d) ?(?:,\\!|\\,|\{ ?, ?\}) ?(?=\d{3})", ""),  # 1{,}000 -> 1000
+    (r"\\?[A-Za-z]+|\*\*|[<>]=|\\[%\\]|[^\w .]|[²π]", lambda sign: READ_AS.get(sign[0], sign[0])),
+    (r"\\(begin|end)\{\w*matrix\}", lambda end: "((" if end[1] == "begin" else "))"),
+    (r"(?:\\[,;:! ()\[\]]|(?<!\\)\$|~|\s)+", " "),  # $x\ y$ -> x y
+    (r"^ ?(-?)\\\$(.*?)(?: dollars)?[ .]*$", r"\1\2 dollars"),  # \$5 -> 5 dollars
+    (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2"),  # 1\pm2 -> 1+2,1-2
+    (r"(?<![^(\[,=]) *\+|\\[${}]|\^ ?\{?\\circ\}?|[. ]+$|^ +|, *(?=,)", ""),  # \{90^\circ\}. -> 90
+    (r"(?<![\w.)}!])(1?\d)!", lambda n: str(math.factorial(int(n[1])))),  # 3! -> 6
+    (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
+    (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
+WORD = (r"(?:(?!(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
+        r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b)"
+        r"[A-Za-z]{3,}|[ckm]?m|k?g|[Lsh]|of|ft|in|lb|oz)")  # a word of a unit, but of no number
+NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"
+ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*?)(?:(?:(?<=[\d)}}])|(?<=pi)) ?(%|"
+                  rf"(?<= ){WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?) *)?")  # name=, value, unit
+TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?(?!\w))?|"
+                   r"\\sqrt\[\d+\]|(?<=\d)(?!sin|cos|tan|log|ln)[A-Za-z]|\\?[A-Za-z]+|\S")
+PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))"
+OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
+    "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
+    "/": (2, 3, operator.truediv),  # below mpf() refuses letters, as their roots have two signs
+    "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
-@functools.lru_cache(maxsize=4096)
-def read(text):
-    r"""An answer's numbers, or else its text; and its unit: "5\%" -> [5], "%"."""
+def operand(tokens):
+    """Take a number, letter, bracket, fraction or root off `tokens`: ["2", "+", "3"] -> 2."""
+    token = tokens.pop(0)
+    if token == "-":
+        return -expression(tokens, 3)
+    if token in ("(", "{"):
+        value = expression(tokens)
+        if tokens.pop(0) in (")", "}"):
+            return value
+    if token == r"\frac":
+        return operand(tokens) / operand(tokens)
+    if token.startswith(r"\sqrt"):
+        return REALS.mpf(operand(tokens)) ** (1 / REALS.mpf(token[6:-1] or 2))
+    if token == r"\pi":
+        return +REALS.pi
+    if re.fullmatch("[A-Za-z]|(?!no|on|ln)[a-z]{2}", token):  # xy is a product, a word is none
+        return REALS.fprod(REALS.mpc(random.Random(x).uniform(0.7, 1.4), 1) for x in token)
+    return REALS.mpf(re.match("[.0-9].*|", token)[0])  # ValueError where it is no number
+
+def expression(tokens, least=1):
+    """Take off `tokens` what binds at `least` so tightly: of 2*3+1 all at 1, but 2*3 at 2."""
+    value = operand(tokens)
+    while OPERATORS.get(tokens[0], [0])[0] >= least:
+        _, right, operate = OPERATORS[tokens.pop(0)]
+        value = operate(value, expression(tokens, right))
+    largest = 200 if least == 4 else 1e80  # exponents are small, so that 200 digits are right
+    if value and not 1 / largest <= abs(value) <= largest:
+        raise ValueError("too large or too near to zero")
+    return value
+
+def split_list(text):
+    """Split at commas outside of brackets: "1,(2,3)" -> ["1", "(2,3)"]."""
+    marked, depth = "", 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        marked += "\n" if sign == "," and depth == 0 else sign
+    return [part.strip() for part in marked.split("\n")]
+
+@functools.lru_cache(maxsize=8192)
+def value_of(text):
+    r"""Return a canonical text: "(1,\frac12)" -> "(1.0,0.5)", "No answer" -> "no answer"."""
+    parts = split_list(text[1:-1])
+    if len(parts) > 1 and text[0] in "([" and text[-1] in ")]":
+        return text[0] + ",".join(map(value_of, parts)) + text[-1]
+    words = " ".join(TOKEN.findall(text))
+    tokens = re.sub(PRODUCT, " * ", words).split() + [""]
+    with contextlib.suppress(ValueError, TypeError, ArithmeticError, IndexError, RecursionError):
+        value = expression(tokens)
+        if tokens == [""]:
+            return REALS.nstr(REALS.chop(value), 200)
+    words = re.sub(r"\{ (\S+) \}", r"\1", words)
+    return words.lower() if re.fullmatch("[A-Za-z]{2,}( [A-Za-z]{2,})*", words) else words
+
+def read(text, hundredths):
+    r"""Return values, names and units: "x=5 cm" -> (["5.0"], [("x", "5.0")], ["cm"])."""
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
-    value, _, unit = text.partition("\n")
-    numbers = []
-    try:
-        tree = ast.parse(value, mode="eval").body  # parsed, never run
-        for part in getattr(tree, "elts", [tree]):
-            numbers.append(sympy.Float(value_of(part), DIGITS - 100))  # no rounding errors
-        if unit == "{}":
-            numbers.sort()
-    except (SyntaxError, ValueError, RecursionError):
-        if re.fullmatch("[A-Za-z][a-z]+(?: [A-Za-z][a-z]+)*", value):
-            value = value.lower()  # words, where "X" is a symbol
-        numbers = re.findall(".+", value)  # one text, none if it is empty
-    return numbers, unit
+    values, names, units = [], [], set()
+    for part in split_list(text):
+        name, value, unit = ITEM.fullmatch(part).groups()
+        values.append(value_of(f"({value})/100" if unit == "%" and hundredths else value))
+        names.append(name and (name, values[-1]))
+        units.add(unit and re.sub(r"[ {}]|s$", "", unit))
+    return sorted(values), sorted(filter(None, names)), sorted(filter(None, units))
 
 def verify(answer, gold):
-    """Whether two answers are equal: "50%" is "0.5" and "50", "5 cm" is "5" but not "5 kg"."""
+    """Return whether two answers are equal: "5 cm" is "5" but not "5 kg", "50%" is 50 and 0.5."""
     if answer is None or max(len(answer), len(gold)) > MAX_LENGTH:
         return False
-    (left, unit), (right, gold_unit) = read(answer), read(gold)
-    if not left or unit and gold_unit and unit != gold_unit:
-        return False
-    if left != right and unit + gold_unit == "%":  # only one says %: 50% is 50/100
-        return verify(answer.replace("%", "/100"), gold.replace("%", "/100"))
-    return left == right
+    for hundredths in (False, True):
+        (values, *labels), (golds, *others) = read(answer, hundredths), read(gold, hundredths)
+        clash = any(a and b and a != b for a, b in zip(labels, others))
+        if values == golds and not clash and re.search(r"\w", str(values)):
+            return True
+    return False
 
 def pass_at_k(n, c, k):
     """Unbiased pass@k of n samples, c of them right: 1 - C(n-c, k) / C(n, k). [arXiv 2107.03374]"""
@@ -960,16 +1254,20 @@ def pass_rates(trajectories):
     return {group: sum(found) / len(found) for group, found in rewards.items()}
 
 def rollout_metrics(trajectories):
-    """What is logged of a step: shares of problems, means over responses or tokens, counts."""
+    """Return what is logged of a step's responses: shares, means over responses, and counts."""
     trajectories = gather(trajectories)
-    tokens, count = own_tokens(trajectories), len(trajectories)
+    tokens = own_tokens(trajectories)
+    count = len(trajectories)
     rates = pass_rates(trajectories).values()
     right = {(t.group, t.text) for t in trajectories if t.reward}
     entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
+    cut = sum(not t.complete for t in trajectories)
+    answered = sum(extract_answer(t.text) is not None for t in trajectories)
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
             "eff_rate": sum(0 < rate < 1 for rate in rates) / len(rates),
             "distinct_correct": len(right) / len(rates),
             "pass@k": sum(rate > 0 for rate in rates) / len(rates),
+            "cut": cut / count, "answered": answered / count,
             "tokens_sampled": tokens, "trajectories": count}
 
 def fail(message):
@@ -1004,6 +1302,8 @@ def parse_config(script, argv):
         fail("prompt must contain {question}")
     if len(config.operands) != 2 or config.operands[0] > config.operands[1]:
         fail("operands must be the fewest and the most digits")
+    if config.dataset == "chain" and config.eval_dataset:
+        fail("the chain task has held-out problems of its own: leave out --eval_dataset")
     if config.model == "tiny" and config.dataset != "chain":
         fail(f"the tiny policy knows only digits: --dataset {config.dataset} needs a --model")
     if config.prompts_per_step < WORLD:
@@ -1011,26 +1311,61 @@ def parse_config(script, argv):
     config.check()
     return config
 
-def save_atomically(path, *writers):
-    """Write beside `path`, then rename: nobody ever meets half a file or folder."""
+def save_atomically(path, write):
+    """Let `write` make a file or folder beside `path`, then rename it: nobody meets half of one.
+
+    Ends the program in one line where the disk refuses, with what `path` held before intact.
+    """
     if RANK > 0:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as temporary:
             new = Path(temporary, path.name)
-            for write in writers:
-                write(new)
+            write(new)
             if path.is_dir():
                 path.replace(Path(temporary, "old"))  # it goes when `temporary` does
-            new.replace(path)
+            rename(new, path)
     except Exception as e:  # whatever a disk or a library raises
         fail(f"cannot write {path}: {e}")
 
+def rename(new, path):
+    """Rename `new` to `path`, trying for a second.
+
+    Windows refuses while another program, such as a spreadsheet, has `path` open. metrics.jsonl
+    then stays as it is, because the next step writes all of it again.
+    """
+    for _ in range(5):
+        try:
+            return new.replace(path)
+        except PermissionError as e:
+            refusal = e
+            time.sleep(0.2)
+    if path.name != "metrics.jsonl":
+        raise refusal
+    print(f"{path} is open in another program and is written at the next step", flush=True)
+
+def save_policy(folder, model, tokenizer):
+    """Save the policy and its tokenizer, for `from_pretrained`."""
+    def write(new):
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        # transformers 4 does not know the class that transformers 5 writes; both know this one
+        file = new / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+    save_atomically(folder, write)
+
 def save_lines(path, rows):
-    """Write a JSON line a row."""
+    """Write one line of JSON per row."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    save_atomically(path, lambda new: new.write_text(text))
+    save_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
+
+def folder_of(config):
+    """Return the folder of a run, by default one that names its method, model and seed."""
+    return Path(config.out or f"runs/{config.method}-{Path(config.model).name}-{config.seed}")
 
 def load_state(folder, config, parts):
     """What state.pt holds besides the `parts` (name: module or optimizer), which are restored."""
@@ -1045,8 +1380,8 @@ def load_state(folder, config, parts):
     return state
 
 def run_folder(config):
-    """The folder of the run: a new one, or with --resume the one that is there."""
-    folder = Path(config.out or f"runs/{config.method}-{config.seed}")
+    """Return the folder of the run: a new one, or with --resume the one that is there."""
+    folder = folder_of(config)
     if config.resume and not folder.exists():
         fail(f"there is no run in {folder} to resume")
     if folder.exists() and not config.resume:
@@ -1060,56 +1395,97 @@ def save_state(folder, state, parts):
     tensors = {name: part.state_dict() for name, part in parts.items()}
     save_atomically(folder / "state.pt", lambda new: torch.save(state | tensors, new))
 
-def train(config):
-    """Evaluate, train, evaluate again; returns the summary."""
-    began = time.time()
-    folder = run_folder(config)
-    pairs = load_problems(config)
-    model, tokenizer = load_policy(config)
-    problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
-    extra = prepare(model, config)  # latents or a reference
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    parts = {"model": model, "optimizer": optimizer, "extra": extra}
-    if (folder / "state.pt").exists():
-        state = load_state(folder, config, parts)
+def print_machine():
+    """Print which device and number format are used, and why a GPU may not be."""
+    if DEVICE == "cuda":
+        numbers = "bf16 autocast over fp32 weights" if BF16 else "fp32, for the card has no bf16"
+        print(f"device: {torch.cuda.get_device_name()}, {numbers}", flush=True)
     else:
-        before = evaluate(model, tokenizer, heldout, config)
-        state = {"config": asdict(config), "log": [], "before": before}
-    log = state["log"]  # one list: what is appended is saved
+        hint = {"win32": "; pip's torch for Windows has no CUDA, pytorch.org has one with it",
+                "darwin": "; a Mac's GPU is not used"}.get(sys.platform, "")
+        print(f"device: CPU, {torch.get_num_threads()} threads, fp32{hint}", flush=True)
+
+def share_done(steps, tokens, config):
+    """Return the share of the run that is done: of its steps or its tokens, whichever is more."""
+    return max(steps / config.max_steps, tokens / (config.max_tokens or math.inf))
+
+def print_step(metrics, config, tokens, left):
+    """Print the line of a step; left: the seconds that the run will take from here on."""
+    budget = f" of {config.max_tokens:,}" if config.max_tokens else ""
+    shown = ["reward", "eff_rate", "entropy", "cut", "answered"]
+    values = " ".join(f"{name} {metrics[name]:.2f}" for name in shown)
+    print(f"step {metrics['step'] + 1} of {config.max_steps}, {tokens:,}{budget} tokens, "
+          f"{left / 60:.0f} min left: {values}", flush=True)
+
+def print_response(t):
+    """Print a response with its reward, so that one sees what the policy does."""
+    text = t.text if len(t.text) <= 400 else t.text[:300] + " ... " + t.text[-100:]
+    print(f"  reward {t.reward:.0f} (answer {t.gold}): " + text.replace("\n", "↵"), flush=True)
+
+def start(config):
+    """Return what a run works with: policy, problems, optimizer, and its state so far."""
+    run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
+    print_machine()
+    pairs = load_problems(config)
+    run.model, run.tokenizer = load_policy(config)
+    run.problems, run.heldout = [encode(side, run.model, run.tokenizer, config) for side in pairs]
+    run.extra = prepare(run.model, config)  # latents or a reference
+    check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
+    run.optimizer = torch.optim.AdamW(
+        run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
+        fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
+    run.parts = {"model": run.model, "optimizer": run.optimizer}
+    if any(weight.requires_grad for weight in run.extra.parameters()):
+        run.parts["extra"] = run.extra  # a frozen reference is the policy that was just loaded
+    if (run.folder / "state.pt").exists():
+        run.state = load_state(run.folder, config, run.parts)
+    else:
+        before = evaluate(run.model, run.tokenizer, run.heldout, config)
+        run.state = {"config": asdict(config), "log": [], "before": before}
+    return run
+
+def train(config):
+    """Evaluate, train until the budget is spent, evaluate again; return the summary."""
+    run = start(config)
+    model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
     tokens = sum(line["tokens_sampled"] for line in log)
-    while len(log) < config.max_steps and tokens < (config.max_tokens or math.inf):
+    began, done_before = time.time(), share_done(len(log), tokens, config)
+    while share_done(len(log), tokens, config) < 1:
         step = len(log)
         if step % config.save_every == 0:
-            save_state(folder, state, parts)
-        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
-        metrics = training_step(model, tokenizer, optimizer, extra, problems, config, step)
+            save_state(run.folder, run.state, run.parts)
+        run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
+        metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.extra,
+                                                 run.problems, config, step)
         if config.eval_every and (step + 1) % config.eval_every == 0:
-            found = evaluate(model, tokenizer, heldout, config)
+            found = evaluate(model, tokenizer, run.heldout, config)
             metrics |= {f"eval_{name}": value for name, value in found.items()}
-        log.append({"step": step, **metrics})
-        save_lines(folder / "metrics.jsonl", log)
+        log.append(metrics)
+        save_lines(run.folder / "metrics.jsonl", log)
         tokens += metrics["tokens_sampled"]
-        shown = [f"{name} {metrics[name]:.2f}" for name in ("reward", "eff_rate", "entropy")]
-        print(f"step {step + 1}, {tokens:,} tokens:", *shown, flush=True)
-    save_state(folder, state, parts)
+        done = share_done(len(log), tokens, config)
+        left = (time.time() - began) * max(0, 1 - done) / (done - done_before)
+        print_step(metrics, config, tokens, left)
+    save_state(run.folder, run.state, run.parts)
 
-    after = evaluate(model, tokenizer, heldout, config, folder / "samples.jsonl")
-    summary = {"before": state["before"], "after": after, "config": asdict(config),
-               "seconds": time.time() - began}
-    save_lines(folder / "summary.json", [summary])
-    save_atomically(folder / "model", model.save_pretrained, tokenizer.save_pretrained)
-    print_table(folder, summary)
+    after = evaluate(model, tokenizer, run.heldout, config, run.folder / "samples.jsonl")
+    summary = {"before": run.state["before"], "after": after, "config": asdict(config),
+               "seconds": time.time() - run.began}
+    save_lines(run.folder / "summary.json", [summary])
+    save_policy(run.folder / "model", model, tokenizer)
+    print_table(run.folder, summary)
     return summary
 
 def print_table(folder, summary):
     """Before and after training, and what GRPO got with this seed where such a run is at hand."""
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
-    grpo = folder.with_name(f"grpo-{config['seed']}") / "summary.json"
+    grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)
+    grpo = grpo / "summary.json"
     if grpo.exists() and grpo.parent != folder:
-        other = json.loads(grpo.read_text())
-        alike = ("model", "dataset", "operands", "habit", "warm_steps", "max_steps", "max_tokens",
-                 "eval_prompts", "eval_samples")
+        other = json.loads(grpo.read_text(encoding="utf-8"))
+        alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps",
+                 "max_tokens", "eval_prompts", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
@@ -1117,7 +1493,7 @@ def print_table(folder, summary):
     print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
 
 def main(argv=None):
-    """The command line; returns the run's summary."""
+    """Run the command line; return the run's summary."""
     config = parse_config(Path(__file__).stem, sys.argv[1:] if argv is None else argv)
     if WORLD > 1 and not torch.distributed.is_initialized():
         if DEVICE == "cuda":
@@ -1125,18 +1501,30 @@ def main(argv=None):
         torch.distributed.init_process_group()
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    if config.show:
-        return show(config)
-    return train(config)
+    try:
+        if config.show:
+            return show(config)
+        return train(config)
+    except torch.OutOfMemoryError as e:
+        fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
+             f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
+    except KeyboardInterrupt:
+        training = not config.show
+        if training and (folder_of(config) / "state.pt").exists():
+            print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+        elif training:
+            print("interrupted before the first checkpoint: begin anew", file=sys.stderr)
+        raise
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know no Greek
+    with contextlib.suppress(AttributeError):  # a notebook's stdout cannot be reconfigured
+        sys.stdout.reconfigure(errors="replace")  # a terminal may know no Greek
     try:
         main()
         sys.stdout.flush()
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume goes on from the last checkpoint")
+        sys.exit(130)
     except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
