@@ -171,15 +171,16 @@ class Trajectory:
 def branch_positions(entropy, mask, top_frac, generator=None):
     """Return t* of each response, [B], drawn from its positions of highest entropy; both: [B, T].
 
-    Of n tokens these are the floor(ρ n) of highest entropy, at least one. EOS is a candidate. [C]
-    The first token is one, too; the released code leaves it out. [O]
+    Of n candidates these are the floor(ρ n) of highest entropy, at least one. EOS is a candidate,
+    the first token is not. [C] If a response has no candidate, t* = 0.
     """
     positions = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
-        candidates = mask[row].nonzero().squeeze(1)
-        size = max(1, int(top_frac * len(candidates) + 1e-9))  # 0.29 * 100 is 28.99...
-        omega = candidates[entropy[row, candidates].topk(size).indices]
-        positions[row] = omega[torch.randint(size, (1,), generator=generator)]
+        candidates = mask[row].nonzero().squeeze(1)[1:]
+        if len(candidates) > 0:
+            size = max(1, int(top_frac * len(candidates) + 1e-9))  # 0.29 * 100 is 28.99...
+            omega = candidates[entropy[row, candidates].topk(size).indices]
+            positions[row] = omega[torch.randint(size, (1,), generator=generator)]
     return positions
 
 def prefixes_to_branch(parents, config):
@@ -425,9 +426,8 @@ def trajectory_ib_score(answer_gain, entropy, mask, groups, beta, h):
 def select_top_n(candidates, keep):
     """Return the candidates that the filter keeps, in order.
 
-    Initial rollouts always stay. Of a prompt's branches with the same reward the share `keep`
-    stays, rounded up: of the right ones those of highest S_IB, of the wrong ones those of lowest
-    S_IB. At equal S_IB the shorter one stays. [O]
+    Initial rollouts stay. Of a prompt's branches of one reward the share `keep` stays, rounded up:
+    of the right ones those of highest S_IB, of the wrong ones of lowest; at ties the shorter. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:

@@ -512,18 +512,18 @@ def test_branch_positions():
                 [1., 1., 1., 1., 1., 1.],
                 [9., 1., 2., 3., 4., 5.]])
     mask = torch.arange(6) < tensor([5, 2, 1, 6])[:, None]
-    # row 0: {0, 2} are the top 2 of 5; row 1: one of two; row 2: a single token;
-    # row 3: {0, 4, 5} are the top half, of which 0 is the first token and 5 is EOS
+    # row 0: {2, 4} are the top half of the candidates 1 to 4; row 1: only 1 is one;
+    # row 2: a single token, so 0; row 3: {4, 5} are the top two of five, and 5 is EOS
     drawn = []
     for i in range(600):
         generator = torch.Generator().manual_seed(i)
         drawn.append(m.branch_positions(H, mask, 0.5, generator).tolist())
-    assert [set(column) for column in zip(*drawn)] == [{0, 2}, {0}, {0}, {0, 4, 5}]
+    assert [set(column) for column in zip(*drawn)] == [{2, 4}, {1}, {0}, {4, 5}]
     assert 250 < sum(row[0] == 2 for row in drawn) < 350  # uniform
-    assert m.branch_positions(H, mask, 0.01).tolist() == [0, 0, 0, 0]  # at least one
-    parent = m.Trajectory([7], response=[2] * 5, logps=torch.ones(5), entropy=H[3, 1:])
+    assert m.branch_positions(H, mask, 0.01).tolist() == [2, 1, 0, 5]  # at least one
+    parent = m.Trajectory([7], response=[2] * 5, logps=torch.ones(5), entropy=H[0, :5])
     (t,) = m.prefixes_to_branch([parent], config("--top_frac", 0.01))
-    assert t.start == len(t.response) == len(t.logps) == len(t.entropy) == 4
+    assert t.start == len(t.response) == len(t.logps) == len(t.entropy) == 2
     assert t.is_branch and not parent.is_branch  # o_t* is decided again
 
 def test_the_change_of_the_norms_halves_every_so_many_generated_tokens():
@@ -859,7 +859,7 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
         if t in latent:
             own, own_H = slow_tokens(model, psa, t, latent[t])  # the prefix was sampled without
             logp, H = torch.cat([logp[:t.start], own[t.start:]]), torch.cat([H[:t.start], own_H[t.start:]])
-            order = sorted(range(len(parent.response)), key=lambda j: -parent.entropy[j].item())
+            order = sorted(range(1, len(parent.response)), key=lambda j: -parent.entropy[j].item())
             assert t.start in order[:max(1, int(0.3 * len(order)))]  # Ω
             assert t.group == parent.group and t.response[:t.start] == parent.response[:t.start]
         assert (logp - t.logps).abs().max() < 1e-5 and (H - t.entropy).abs().max() < 2e-5
