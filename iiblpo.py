@@ -1390,19 +1390,19 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     (r"\\(begin|end)\{\w*matrix\}", lambda end: "((" if end[1] == "begin" else "))"),
     (r"(?:\\[,;:! ()\[\]]|(?<!\\)\$|~|\s)+", " "),  # $x\ y$ -> x y
     (r"^ ?(-?)\\\$(.*?)(?: dollars)?[ .]*$", r"\1\2 dollars"),  # \$5 -> 5 dollars
-    (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2"),  # 1\pm2 -> 1+2,1-2
+    (r"(?<![^,])([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),  # 1\pm2 -> 1+2,1-2
     (r"(?<![^(\[,=]) *\+|\\[${}]|\^ ?\{?\\circ\}?|[. ]+$|^ +|, *(?=,)", ""),  # \{90^\circ\}. -> 90
     (r"(?<![\w.)}!])(1?\d)!", lambda n: str(math.factorial(int(n[1])))),  # 3! -> 6
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
 WORD = (r"(?:(?!(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
         r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b)"
-        r"[A-Za-z]{3,}|[ckm]?m|k?g|[Lsh]|of|ft|in|lb|oz)")  # a word of a unit, but of no number
+        r"[A-Za-z]{3,}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)")  # a word of a unit, but of no number
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"
 ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*?)(?:(?:(?<=[\d)}}])|(?<=pi)) ?(%|"
-                  rf"(?<= ){WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?) *)?")  # name=, value, unit
-TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?(?!\w))?|"
-                   r"\\sqrt\[\d+\]|(?<=\d)(?!sin|cos|tan|log|ln)[A-Za-z]|\\?[A-Za-z]+|\S")
+                  rf"(?:(?<= )|(?=[ckm]m\b|kg)){WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?) *)?")
+TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|"
+                   r"\\sqrt\[\d+\]|(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|\\?[A-Za-z]+|\S")
 PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))"
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
@@ -1424,8 +1424,8 @@ def operand(tokens):
         return REALS.mpf(operand(tokens)) ** (1 / REALS.mpf(token[6:-1] or 2))
     if token == r"\pi":
         return +REALS.pi
-    if re.fullmatch("[A-Za-z]|(?!no|on|ln)[a-z]{2}", token):  # xy is a product, a word is none
-        return REALS.fprod(REALS.mpc(random.Random(x).uniform(0.7, 1.4), 1) for x in token)
+    if re.fullmatch("[A-Za-z]", token):  # a letter's value is the same in every answer
+        return REALS.mpc(random.Random(token).uniform(0.7, 1.4), 1)
     return REALS.mpf(re.match("[.0-9].*|", token)[0])  # ValueError where it is no number
 
 def expression(tokens, least=1):
@@ -1460,7 +1460,7 @@ def value_of(text):
         if tokens == [""]:
             return REALS.nstr(REALS.chop(value), 200)
     words = re.sub(r"\{ (\S+) \}", r"\1", words)
-    return words.lower() if re.fullmatch("[A-Za-z]{2,}( [A-Za-z]{2,})*", words) else words
+    return words.lower() if re.fullmatch("[A-Za-z]{2,}|[A-Za-z]+( [A-Za-z]+)+", words) else words
 
 def read(text, hundredths):
     r"""Return values, names and units: "x=5 cm" -> (["5.0"], [("x", "5.0")], ["cm"])."""

@@ -1615,7 +1615,7 @@ AB=5|5 ; total = 100 meters|100 ; (p,q)=(3,2)|(3,2) ; x\in[1,2)|[1,2) ; a_{-1}=0
     "units": (
         r"""100|100\text{ square units} ; 12|12\text{ miles per hour} ; 35 mph|35 ;
 35\text{ km/h}|35 ; 35 square feet|35 ; 17\text{ children}|17 ; 10 \text{ years old}|10 ;
-3 \text{ geese}|3 ; 12\pi \text{ cm}^2|12\pi ; 5 L|5 ; 5 g|5 ; 5 m/s|5 ;
+3 \text{ geese}|3 ; 12\pi \text{ cm}^2|12\pi ; 70 \text{ sq cm}|70 ; 5 L|5 ; 5 g|5 ; 5 m/s|5 ;
 \frac13 \textbf{meters}|1/3 ; \$18 \text{ per day}|18 ; 3 cups of tea|3 ;
 5\text{ apples}|5 apple ; 2 million|2*10^6""",
         r"""6\text{ or more}|6 ; 42 million|42 ; 42 minus 2|42 ; 42 is wrong|42 ; 5 m/s|5 km/h ;
@@ -1639,7 +1639,8 @@ AB=5|5 ; total = 100 meters|100 ; (p,q)=(3,2)|(3,2) ; x\in[1,2)|[1,2) ; a_{-1}=0
 \{(1,2),(3,4)\}|(1,2), (3,4) ; (x, y) = (5, 8) \text{ and } (8, 5)|(5,8),(8,5)""",
         r"""(1,2),(3,4)|(2,1),(3,4) ; (1,2),(3,4)|(1,2),(3,4),(5,6) ; ((1,2),3)|(1,(2,3))"""),
     "two signs": (
-        r"""\pm 3|3,-3 ; 2\pm\sqrt3|2+\sqrt3, 2-\sqrt3 ; x=\pm 2|\pm2 ; 3 \pm 2\sqrt{2}|3±2√2""",
+        r"""\pm 3|3,-3 ; 2\pm\sqrt3|2+\sqrt3, 2-\sqrt3 ; x=\pm 2|\pm2 ;
+1\pm\sqrt{5},-2|1+\sqrt5,-2,1-\sqrt5 ; 3 \pm 2\sqrt{2}|3±2√2""",
         r"""\pm 3|3 ; \pm 3|-3 ; 2\pm\sqrt3|2+\sqrt3 ; 2\pm3|3\pm2"""),
     "percent": (
         r"""28\text{ percent}|28\% ; 28 pct|28% ; 28 \%|28 percent ; 42 percent|42 ;
@@ -1663,11 +1664,11 @@ x\lt 5|x < 5 ; \emptyset|\varnothing ; 2\times3|2\cdot 3 ; 2**3|2^3""",
 \begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&2\\3&5\end{pmatrix}"""),
     "small things": (
         r"""{13}|13 ; \boldsymbol{13}|13 ; 130 000|130000 ; 30°|30 ; 2π|2\pi ; x²|x^2 ; mn|nm ;
-ab|ba ; 11,\! 111,\! 111,\! 100|11111111100 ; 14 {, }916|14916 ; \text{(C)}|C ; None|none ;
--0|0 ; \(\dfrac{1}{3} \)|1/3 ; $$ 9 $$|9 ; 5−3|2 ; √2|\sqrt 2 ;
-1 - \frac1e|1-\frac{1}{\mathrm{e}}""",
-        r"""ln|nl ; 30^2|30^{\circ} ; 1 3|13 ; odd|oddd ; (1,f)|(1,n) ; \sin(x)|cos(x) ;
-\sqrt{67}|67""")}
+xy^2|y^2x ; 5cm|5 ; Not so|not so ; ab|ba ; 11,\! 111,\! 111,\! 100|11111111100 ;
+14 {, }916|14916 ; \text{(C)}|C ; None|none ; -0|0 ; \(\dfrac{1}{3} \)|1/3 ; $$ 9 $$|9 ; 5−3|2 ;
+√2|\sqrt 2 ; 1 - \frac1e|1-\frac{1}{\mathrm{e}}""",
+        r"""xy^2|(xy)^2 ; ln|nl ; 30^2|30^{\circ} ; 1 3|13 ; odd|oddd ; (1,f)|(1,n) ;
+\sin(x)|cos(x) ; \sqrt{67}|67""")}
 for equal_pairs, unequal_pairs in ANSWER_KINDS.values():
     EQUAL += equal_pairs.replace("\n", " ").split(" ; ")
     UNEQUAL += unequal_pairs.replace("\n", " ").split(" ; ")
