@@ -9,7 +9,17 @@
     python ib_tpo.py --model Qwen2.5-0.5B
 
 These train a tiny policy on a laptop, the same with another sampler, and a real model on one GPU.
-Every field of `Config` is a flag.
+Every field of `Config` is a flag. A step of the method, `training_step`, is this:
+1. Sample B₀ rollouts per prompt, and split them into reasoning steps: `sample`, `split_steps`.
+2. Insert them into a tree, which knows of each step how often it led to a right answer: `insert`.
+3. Branch, in L - 1 rounds, where the IB-Score is highest: `grow`, `select_nodes`, `ib_score`.
+4. Give each step its advantage, from that tree: `step_advantages`.
+5. Take a clipped policy-gradient step on the packed trees: `pack_tree`, `update_on_trees`.
+
+The sections: Config and Trajectory; the tree; the IB-Score; advantages; the update; the training
+step; the run; what only IB-TPO needs; supporting code, which is the same in both scripts: sampling
+and log-probabilities, the policy, problems, the tiny task, the verifier, evaluation, files. Read
+the supporting code when you meet it.
 
 Left out: vLLM, sharding, rewards other than right or wrong. The paper has temperature 0.7, top-p
 0.95, top-k 20, 2k tokens and DAPO-Math-17K; here responses are sampled without truncation, so that
@@ -34,7 +44,7 @@ import time
 import types
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -60,78 +70,101 @@ datasets.disable_progress_bars()
 huggingface_hub.utils.enable_progress_bars()  # those of downloads, which take longest
 
 
-def setting(default, help):
-    """A field of Config: its default and what it does."""
-    return HfArg(default=default, help=help)
+def setting(default, help, allowed=None):
+    """Return a field of `Config`: its default, its help, and the range of its numbers.
+
+    The range, such as "0..1" or "1..", stands behind the flag in --help, and is checked.
+    """
+    metadata = {"metavar": allowed} if allowed else None
+    if isinstance(default, list):
+        return HfArg(default_factory=default.copy, help=help, metadata=metadata)
+    return HfArg(default=default, help=help, metadata=metadata)
 
 
 @dataclass
 class Config:
-    """All settings: a flag each, and a line of a YAML file. The defaults are for a real model."""
-    # the run
-    model: str = setting("tiny", "hub name (Qwen2.5-0.5B), folder, or tiny")
-    method: Literal["ib_tpo", "grpo"] = setting("ib_tpo", "grpo: no tree, outcome advantages")
-    max_steps: int = setting(200, "training steps")
-    max_tokens: int = setting(0, "stop when so many tokens have been sampled; 0: never")
-    seed: int = setting(0, "of problems and sampling")
-    out: str = setting("", "the run's folder (runs/METHOD-SEED)")
+    """Hold all settings: each is a flag, and may be a line of a YAML file.
+
+    The defaults are for a real model. tiny_config.yaml has those of the tiny policy.
+    """
+    # The run
+    model: str = setting("tiny", "a name of the hub such as Qwen2.5-0.5B, a folder, or tiny")
+    method: Literal["ib_tpo", "grpo"] = setting(
+        "ib_tpo", "the method, or GRPO, which has no tree and outcome advantages")
+    max_steps: int = setting(200, "most training steps", "1..")
+    max_tokens: int = setting(0, "most tokens that are sampled (0: no limit)", "0..")
+    seed: int = setting(0, "seed of problems and sampling", "0..")
+    out: str = setting("", "folder of the run (by default runs/METHOD-MODEL-SEED)")
     resume: bool = setting(False, "go on from the run's last checkpoint")
-    save_every: int = setting(10, "steps between checkpoints")
-    show: bool = setting(False, "do not train: print the tree of a problem")
-    # problems
+    save_every: int = setting(10, "steps between checkpoints", "1..")
+    show: bool = setting(False, "print the tree of one problem, and do not train")
+    # Problems
     dataset: str = setting("gsm8k", "chain, gsm8k, math, dapo, owner/name or owner/name:config of "
                            "the hub, or a .jsonl, .json or .parquet file")
-    eval_dataset: str = setting("", "evaluate on another one: math500, aime24, aime25, "
+    eval_dataset: str = setting("", "another data set to evaluate on: math500, aime24, aime25, "
                                 "olympiadbench, or as above")
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
-                          "\\boxed{}.", "what the policy is asked")
-    operands: list[int] = HfArg(default_factory=[4, 7].copy, help="chain: fewest and most digits")
-    habit: float = setting(0.75, "chain: share of lines that do the leftmost operator by habit")
-    warm_steps: int = setting(1000, "tiny: supervised steps before RL")
-    # the tree
-    prompts_per_step: int = setting(16, "prompts a step, a tree each")
-    tree: list[int] = HfArg(
-        default_factory=[4, 9, 1, 1].copy, help="B0 L K B: rollouts from the root; rounds, the "
-        "first one included; nodes a round; continuations a node")
+                          "\\boxed{}.", "what the policy is asked, with {question} in it")
+    operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "1..")
+    habit: float = setting(0.75, "chain: share of the demonstrated lines that reduce the leftmost "
+                           "operator by habit", "0..1")
+    warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
+    # The tree
+    prompts_per_step: int = setting(16, "prompts per step, with a tree each", "1..")
+    tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts from the root, L - 1 rounds, "
+                              "each with B continuations of K nodes", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
         "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: at each place once; "
         "entropy: before the step of highest token entropy; independent: nowhere")
-    rollouts: int = setting(0, "responses a prompt of the independent sampler; 0: as a tree has")
-    max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come, no prefix) of a call")
+    rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
+                            "tree has)", "0..")
+    max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
+    generate_tokens: int = setting(131072, "size of one `generate` call: rows x longest row", "1..")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
-    beta: float = setting(5.0, "beta: weight of what a step says about the answer")
-    # update
+    beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0..")
+    # Update
     advantage: Literal["gl+ib", "gl", "ib", "grpo", "treerl"] = setting(
         "gl+ib", "gl+ib: A_GL + lam A_IB; gl, ib: one of both; grpo, treerl: a baseline's")
-    lam: float = setting(0.1, "lambda: weight of A_IB")
-    lr: float = setting(1e-6, "AdamW's learning rate")
-    updates_per_step: int = setting(1, "steps a batch; at 1 hardly a ratio is clipped")
-    clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
-    clip_high: float = setting(0.2, "... 1 + clip_high]")
-    kl: float = setting(0.001, "weight of the k3 KL to the frozen starting policy")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    micro_tokens: int = setting(4096, "tokens of one training pass, but a tree at least")
-    recompute: bool = setting(True, "run layers again in the backward pass to save memory")
-    # evaluation
-    eval_prompts: int = setting(256, "held-out problems")
-    eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
-    eval_every: int = setting(0, "steps between further evaluations; 0: before and after only")
-
-    MAY_BE_0 = ["max_tokens", "seed", "eval_every", "rollouts"]  # other integers may not
-    SHARES = ["habit", "clip_low"]  # 1 at most
+    lam: float = setting(0.1, "lambda: weight of A_IB", "0..")
+    lr: float = setting(1e-6, "learning rate of AdamW", "0..")
+    updates_per_step: int = setting(1, "minibatches per batch, with an optimizer step each; with 1 "
+                                    "no ratio is clipped", "1..")
+    clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ...", "0..1")
+    clip_high: float = setting(0.2, "... and to 1 + clip_high", "0..")
+    kl: float = setting(0.001, "weight of the KL to the frozen starting policy", "0..")
+    max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped", "0..")
+    micro_tokens: int = setting(4096, "tokens of one training pass; a larger tree has one", "1..")
+    recompute: bool = setting(True, "run layers again in the backward pass, to save memory")
+    # Evaluation
+    eval_prompts: int = setting(256, "held-out problems", "1..")
+    eval_samples: int = setting(16, "responses per held-out problem", "1..")
+    eval_every: int = setting(0, "steps between more evaluations (0: only before, after)", "0..")
 
     def check(self):
-        """What the method implies, and what else must hold."""
+        """Set what the method implies; end the program where settings contradict each other."""
         if self.method == "grpo":
             self.sampler, self.advantage = "independent", "grpo"
-        if len(self.tree) != 4 or not self.delimiter or self.beta == 0:
-            fail("tree must be four numbers B0 L K B, delimiter not empty and beta above 0")
+        if len(self.tree) != 4:
+            fail("tree must be four numbers, B0 L K B")
+        if not self.delimiter:
+            fail("delimiter must not be empty")
+        if self.beta == 0:
+            fail("beta must be above 0")
+        if "{question}" not in self.prompt:
+            fail("prompt must contain {question}")
+        if len(self.operands) != 2 or self.operands[0] > self.operands[1]:
+            fail("operands must be the fewest and the most digits")
+        if self.dataset == "chain" and self.eval_dataset:
+            fail("the chain task has held-out problems of its own: leave out --eval_dataset")
+        if self.model == "tiny" and self.dataset != "chain":
+            fail(f"the tiny policy knows only digits: --dataset {self.dataset} needs a --model")
+        if self.prompts_per_step < WORLD:
+            fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
 
 
 @dataclass(eq=False)
 class Trajectory:
-    """A problem, with a response or the beginning of one."""
+    """Hold a problem, and a response to it or the beginning of one."""
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
@@ -241,16 +274,16 @@ def grow(model, tokenizer, problems, config, rng):
     roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # by B₀ rollouts
     if config.sampler == "independent":  # a single round
         B0, L = config.rollouts or B0 + (L - 1) * K * B, 1
-    trajectories, begun = [], problems * B0
+    trajectories, prefixes = [], problems * B0
     for turn in range(L):
         if turn > 0:
-            begun = []
+            prefixes = []
             for t in problems:
                 for node in select_nodes(roots[t.group], K, config.sampler, config, rng):
                     node.branched += 1
-                    begun += [go_on_from(node, t)] * B
-        new = sample(model, tokenizer, begun, config)
-        judge(new, config)
+                    prefixes += [go_on_from(node, t)] * B
+        new = sample(model, tokenizer, prefixes, config)
+        assign_rewards(new, config)
         for t in new:
             steps = split_steps(t.response, tokenizer, config.delimiter)
             lengths = [len(step) for step in steps]
@@ -378,8 +411,14 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     return -(objective * mask).sum() / tokens, stats
 
 def pack_tree(root, advantages):
-    """One tree of S tokens, the prompt's among them, a step once. [S]: input_ids, previous (index
-    of the token before), weights (prompt: 0), advantages, logps (old); attention_mask: [S, S].
+    """Pack a tree into one sequence of S tokens: the prompt, then every step exactly once.
+
+    Return tensors [S]: input_ids, previous (the index of the token before), weights (how many
+    trajectories go through the token, 0 for the prompt), advantages, logps (ln π_old), and
+    attention_mask [S, S]. A prompt q with the steps a and b behind it, and c behind a, packs to
+
+        q a c b      q sees q; a sees q a; c sees q a c; b sees q b
+        0 1 2 1      the positions, if each has one token
     """
     nodes = root.walk()
     last = {}  # node: index of its last token
@@ -405,7 +444,7 @@ def pack_tree(root, advantages):
             "attention_mask": mask}
 
 def tree_logps(model, packs):
-    """ln π of the tokens of packed trees (of prompts: 0), and their weights: two [B, S]."""
+    """Return ln π of the tokens of packed trees (0 of prompts) and their weights, two [B, S]."""
     ids = pad([pack["input_ids"] for pack in packs]).to(DEVICE)
     previous = pad([pack["previous"] for pack in packs]).to(DEVICE)
     weights = pad([pack["weights"] for pack in packs]).to(DEVICE)
@@ -423,7 +462,7 @@ def tree_logps(model, packs):
     return zeros.index_put((row, column), logp), weights
 
 def k3(logp, reference):
-    """The k3 estimate of KL(π || π_ref) at each token: r - 1 - ln r >= 0, r = π_ref / π. [GRPO]"""
+    """Return the k3 estimate of KL(π || π_ref) per token: r - 1 - ln r, r = π_ref / π. [GRPO]"""
     return (reference - logp).exp() - 1 - (reference - logp)
 
 def trees_loss(model, packs, config, reference):
@@ -440,8 +479,8 @@ def trees_loss(model, packs, config, reference):
     if config.kl > 0:
         with torch.no_grad():
             reference_logp, _ = tree_logps(reference, packs)
-        means["kl"] = (k3(logp, reference_logp) * weights).sum() / weights.sum()
-        loss = loss + config.kl * means["kl"]
+        means["policy_kl"] = (k3(logp, reference_logp) * weights).sum() / weights.sum()
+        loss = loss + config.kl * means["policy_kl"]
     return loss, means
 
 def update_on_trees(model, optimizer, roots, config, reference=None):
@@ -474,7 +513,7 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
 # ==== The training step
 
 def training_step(model, tokenizer, optimizer, reference, problems, config, step):
-    """One step of the method; returns its line of metrics.jsonl."""
+    """Do one step of the method; return its line of metrics.jsonl."""
     # 1. random numbers of the step's own, so that a resumed run has the very same ones
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62) + RANK)
@@ -482,7 +521,7 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
 
     # 2. grow a tree for each prompt
     batch = rng.sample(problems, min(config.prompts_per_step, len(problems)))
-    roots, trajectories = grow(model, tokenizer, share(batch), config, rng)
+    roots, trajectories = grow(model, tokenizer, shard(batch), config, rng)
 
     # 3. advantages of their steps, and the policy gradient
     grown = time.time()
@@ -498,12 +537,71 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
                "rollout_s": grown - began, "update_s": time.time() - grown}
     return rollout_metrics(trajectories) | stats | metrics
 
+# ==== The run
+
+def start(config):
+    """Return what a run works with: policy, problems, optimizer, and its state so far."""
+    run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
+    print_machine()
+    pairs = load_problems(config)
+    run.model, run.tokenizer = load_policy(config)
+    run.problems, run.heldout = [encode(side, run.model, run.tokenizer, config) for side in pairs]
+    run.extra = prepare(run.model, config)  # latents or a reference
+    check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
+    run.optimizer = torch.optim.AdamW(
+        run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
+        fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
+    run.parts = {"model": run.model, "optimizer": run.optimizer}
+    if any(weight.requires_grad for weight in run.extra.parameters()):
+        run.parts["extra"] = run.extra  # a frozen reference is the policy that was just loaded
+    if (run.folder / "state.pt").exists():
+        run.state = load_state(run.folder, config, run.parts)
+    else:
+        before = evaluate(run.model, run.tokenizer, run.heldout, config)
+        run.state = {"config": asdict(config), "log": [], "before": before}
+    return run
+
+def train(config):
+    """Evaluate, train until the budget is spent, evaluate again; return the summary."""
+    run = start(config)
+    model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
+    tokens = sum(line["tokens_sampled"] for line in log)
+    began, done_before = time.time(), share_done(len(log), tokens, config)
+    while share_done(len(log), tokens, config) < 1:
+        step = len(log)
+        if step % config.save_every == 0:
+            save_state(run.folder, run.state, run.parts)
+        run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
+        metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.extra,
+                                                 run.problems, config, step)
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            found = evaluate(model, tokenizer, run.heldout, config)
+            metrics |= {f"eval_{name}": value for name, value in found.items()}
+        log.append(metrics)
+        save_lines(run.folder / "metrics.jsonl", log)
+        tokens += metrics["tokens_sampled"]
+        done = share_done(len(log), tokens, config)
+        left = (time.time() - began) * max(0, 1 - done) / (done - done_before)
+        print_step(metrics, config, tokens, left)
+    save_state(run.folder, run.state, run.parts)
+
+    after = evaluate(model, tokenizer, run.heldout, config, run.folder / "samples.jsonl")
+    summary = {"before": run.state["before"], "after": after, "config": asdict(config),
+               "seconds": time.time() - run.began}
+    save_lines(run.folder / "summary.json", [summary])
+    save_policy(run.folder / "model", model, tokenizer)
+    print_table(run.folder, summary)
+    return summary
+
 
 # ====
 # What only IB-TPO needs
 
 def prepare(model, config):
-    """The reference policy of the KL, or nothing without one."""
+    """Return the reference policy of the KL, or an empty list without one.
+
+    Ends the program in one line where the model would not mind the mask of a tree.
+    """
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(model.config, "sliding_window", None):
         fail(f"packed trees need full attention; {type(model).__name__} has a window or {kinds}")
@@ -519,7 +617,7 @@ def check_policy(model, tokenizer, reference, problems, config):
     """
     torch.manual_seed(config.seed)
     ordered = sorted(problems, key=len)  # of the shortest and the longest prompts, for padding
-    few = share((ordered[:2] + ordered[-2:]) * WORLD)
+    few = shard((ordered[:2] + ordered[-2:]) * WORLD)
     small = replace(config, tree=[2, 2, 1, 1], sampler="random",
                     max_new_tokens=min(CHECK_TOKENS, config.max_new_tokens))
     roots, trajectories = grow(model, tokenizer, few, small, random.Random(config.seed))
@@ -628,7 +726,7 @@ def cut_at_end(tokens, room, eos):
     return tokens[:room], False
 
 def token_entropy(logits):
-    """H_t = -Σ_v p_t(v) ln p_t(v), p_t the softmax of raw logits [..., V]; returns [...]."""
+    """Return H_t = -Σ_v p_t(v) ln p_t(v), [...], p_t the softmax of raw logits [..., V]."""
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
     return -(logp.exp() * logp).sum(-1)
 
@@ -727,7 +825,10 @@ def report_gaps(gaps):
              f"{bound}: the script does not fit this model or this release of transformers")
 
 def micro_batches(lengths, tokens):
-    """Lists of indices, like lengths together: `tokens` at most (items x longest), or one item."""
+    """Group indices of like lengths so that a group's size x its longest is at most `tokens`.
+
+    An item that is longer than that is a group of its own. [5, 9, 4] by 10 -> [[1], [0, 2]].
+    """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
@@ -737,7 +838,7 @@ def micro_batches(lengths, tokens):
     return batches
 
 def take_step(model, optimizer, config):
-    """An optimizer step by the gradients of all processes; returns their norm before clipping."""
+    """Take an optimizer step by the gradients of all processes; return their norm unclipped."""
     for p in model.parameters():
         if WORLD > 1:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -768,14 +869,14 @@ def total_means(sums):
     return total
 
 def gather(items):
-    """The items of all processes in one list."""
+    """Return the items of all processes in one list."""
     lists = [items] * WORLD
     if WORLD > 1:
         torch.distributed.all_gather_object(lists, items)
     return sum(lists, [])
 
-def share(problems):
-    """What this process explores of a batch of problems, numbered by their place in it."""
+def shard(problems):
+    """Return this process's part of a batch of problems, numbered by their places in the batch."""
     return [replace(t, group=i) for i, t in enumerate(problems)][RANK::WORLD]
 
 def load_policy(config):
@@ -963,13 +1064,13 @@ def encode(pairs, model, tokenizer, config):
 # so the policy knows arithmetic, and seldom tries the order that precedence asks for.
 
 def reduce_at(expression, i):
-    """Do the operator at index i, modulo 10: ("3+4*2", 3) -> "3+8"."""
+    """Return the expression with the operator at index i done modulo 10: ("3+4*2", 3) -> "3+8"."""
     a, b = int(expression[i - 1]), int(expression[i + 1])
     value = {"+": a + b, "-": a - b, "*": a * b}[expression[i]] % 10
     return f"{expression[:i - 1]}{value}{expression[i + 2:]}"
 
 def chain_value(question):
-    """The value by ordinary precedence, modulo 10: "3+4*2=" -> "1"."""
+    """Return the value by ordinary precedence, modulo 10: "3+4*2=" -> "1"."""
     expression = question.rstrip("=")
     while len(expression) > 1:
         expression = reduce_at(expression, max(1, expression.find("*")))
@@ -991,7 +1092,7 @@ def is_sound(question, text):
     return answer == "#" + expression
 
 def demonstration(question, rng, habit):
-    """A response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
+    """Return a response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
     expression, response = question.rstrip("="), ""
     while len(expression) > 1:
         at = 1
@@ -1002,7 +1103,7 @@ def demonstration(question, rng, habit):
     return response + "#" + expression
 
 def chain_questions(rng, operands, heldout, n):
-    """n different questions. One in sixteen, by its checksum, is held out."""
+    """Return n different questions. One in sixteen, by its checksum, is held out."""
     found = {}
     for _ in range(32 * n + 10_000):
         question = str(rng.randrange(10))
@@ -1015,7 +1116,7 @@ def chain_questions(rng, operands, heldout, n):
     fail(f"there are not {n} problems with --operands {operands}, only {len(found)}")
 
 def tiny_tokenizer():
-    """One token a character, as an ordinary fast tokenizer."""
+    """Return an ordinary fast tokenizer with one token per character."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n#"])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.decoder = decoders.Fuse()
@@ -1061,11 +1162,11 @@ def warm_start(config):
     return folder
 
 def own_tokens(trajectories):
-    """How many tokens they sampled themselves, those of their parents not counted."""
+    """Return how many tokens the trajectories sampled themselves, without their prefixes."""
     return sum(len(t.response) - t.start for t in trajectories)
 
-def judge(trajectories, config):
-    """Reward each trajectory with 1 or 0, by its gold answer."""
+def assign_rewards(trajectories, config):
+    """Write the reward of each trajectory: 1 where its answer is the gold answer, else 0."""
     for t in trajectories:
         answer = extract_answer(t.text)
         if config.dataset == "chain":
@@ -1205,49 +1306,58 @@ def verify(answer, gold):
     return False
 
 def pass_at_k(n, c, k):
-    """Unbiased pass@k of n samples, c of them right: 1 - C(n-c, k) / C(n, k). [arXiv 2107.03374]"""
+    """Return the unbiased pass@k of n samples, c of them right. [arXiv 2107.03374]
+
+    It is 1 - C(n-c, k) / C(n, k): the chance that k of them, drawn at random, are not all wrong.
+    """
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 def distinct_n(texts, n):
-    """Distinct-n: different n-grams of words over all n-grams of the texts; 0 if there are none."""
+    """Return the share of different ones among all n-grams of words of the texts; 0 without any."""
     grams = []
     for text in texts:
         words = text.split()
         grams += [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 
-def evaluate(model, tokenizer, problems, config, file=None):
-    """Means over problems: greedy accuracy; of k = eval_samples responses pass@1, pass@k, maj@k (by
-    the answers' texts), Distinct-1 and -4, different right ones, length; the chain's sound ones.
+def problem_metrics(responses, config):
+    """Return the metrics of one problem, of whose k responses each has its reward.
+
+    pass@n is the chance that one of n responses is right, maj@k whether the answer that most of
+    them have is. Distinct-n is of all responses, distinct_correct counts different right ones.
     """
+    k = len(responses)
+    right = [t.text for t in responses if t.reward]
+    votes = Counter(filter(None, [extract_answer(t.text) for t in responses]))
+    winner = max(votes, key=votes.get, default=None)
+    metrics = {f"maj@{k}": float(winner in map(extract_answer, right))}
+    texts = [t.text for t in responses]
+    metrics |= {"distinct_1": distinct_n(texts, 1), "distinct_4": distinct_n(texts, 4),
+                "distinct_correct": len(set(right)), "length": own_tokens(responses) / k}
+    kinds = {"pass": right}
+    if config.dataset == "chain":
+        kinds["sound"] = [text for text in right if is_sound(responses[0].question, text)]
+        metrics["distinct_sound"] = len(set(kinds["sound"]))
+    for kind, texts in kinds.items():
+        for n in sorted({1, 4, 16, k}):
+            if n <= k:
+                metrics[f"{kind}@{n}"] = pass_at_k(k, len(texts), n)
+    return metrics
+
+def evaluate(model, tokenizer, problems, config, file=None):
+    """Return greedy accuracy and the mean of `problem_metrics` over problems; write the samples."""
     torch.manual_seed(config.seed + RANK)
     k = config.eval_samples
-    greedy = gather(sample(model, tokenizer, share(problems), config, greedy=True))
-    sampled = gather(sample(model, tokenizer, share(problems) * k, config))
-    judge(greedy + sampled, config)
+    greedy = gather(sample(model, tokenizer, shard(problems), config, greedy=True))
+    sampled = gather(sample(model, tokenizer, shard(problems) * k, config))
+    assign_rewards(greedy + sampled, config)
     sampled.sort(key=lambda t: t.group)
-    sums = Counter(greedy=sum(t.reward for t in greedy))
-    for i in range(0, len(sampled), k):
-        batch = sampled[i:i + k]
-        texts = [t.text for t in batch]
-        right = [t.text for t in batch if t.reward]
-        votes = Counter(filter(None, map(extract_answer, texts)))
-        sums["pass@1"] += len(right) / k
-        sums["pass@k"] += pass_at_k(k, len(right), k)
-        sums["maj@k"] += max(votes, key=votes.get, default=None) in map(extract_answer, right)
-        sums["distinct_1"] += distinct_n(texts, 1)
-        sums["distinct_4"] += distinct_n(texts, 4)
-        sums["distinct_correct"] += len(set(right))
-        sums["length"] += own_tokens(batch) / k
-        if config.dataset == "chain":
-            sound = [text for text in right if is_sound(batch[0].question, text)]
-            sums["sound@1"] += len(sound) / k
-            sums["sound@k"] += pass_at_k(k, len(sound), k)
-            sums["distinct_sound"] += len(set(sound))
+    groups = [sampled[i:i + k] for i in range(0, len(sampled), k)]
+    means = pandas.DataFrame([problem_metrics(group, config) for group in groups]).mean().to_dict()
     if file:
         save_lines(file, [{"question": t.question, "answer": t.gold, "response": t.text,
                            "reward": t.reward} for t in sampled])
-    return {name: value / len(problems) for name, value in sums.items()}
+    return {"greedy": sum(t.reward for t in greedy) / len(greedy)} | means
 
 def pass_rates(trajectories):
     """Return {problem: the mean reward of its responses}."""
@@ -1269,7 +1379,7 @@ def rollout_metrics(trajectories):
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
             "eff_rate": sum(0 < rate < 1 for rate in rates) / len(rates),
             "distinct_correct": len(right) / len(rates),
-            "pass@k": sum(rate > 0 for rate in rates) / len(rates),
+            "solved": sum(rate > 0 for rate in rates) / len(rates),
             "cut": cut / count, "answered": answered / count,
             "tokens_sampled": tokens, "trajectories": count}
 
@@ -1279,7 +1389,10 @@ def fail(message):
     raise SystemExit(2)
 
 def parse_config(script, argv):
-    """A Config from flags, over a YAML file (sections `common` and `script`), over the defaults."""
+    """Return a Config from flags, which win over a YAML file, which wins over the defaults.
+
+    Of the file count the sections `common` and `script`. Ends the program in one line at a mistake.
+    """
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="YAML file (tiny_config.yaml without --model); flags win")
     parser.error = fail
@@ -1295,22 +1408,12 @@ def parse_config(script, argv):
             values = value if isinstance(value, list) else [value]
             argv = [f"--{name}", *map(str, values)] + argv
     config = parser.parse_args(argv, Config())
-    for name, value in asdict(config).items():
-        for x in value if isinstance(value, list) else [value]:
-            low = 1 if type(x) is int and name not in Config.MAY_BE_0 else 0
-            high = 1 if name in Config.SHARES else 10 ** 12
-            if type(x) in (int, float) and not low <= x <= high:  # nan is not, either
-                fail(f"{name} must be from {low} to {high}, not {x}")
-    if "{question}" not in config.prompt:
-        fail("prompt must contain {question}")
-    if len(config.operands) != 2 or config.operands[0] > config.operands[1]:
-        fail("operands must be the fewest and the most digits")
-    if config.dataset == "chain" and config.eval_dataset:
-        fail("the chain task has held-out problems of its own: leave out --eval_dataset")
-    if config.model == "tiny" and config.dataset != "chain":
-        fail(f"the tiny policy knows only digits: --dataset {config.dataset} needs a --model")
-    if config.prompts_per_step < WORLD:
-        fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
+    for setting in fields(config):
+        low, _, high = setting.metadata.get("metavar", "").partition("..")
+        value = getattr(config, setting.name)
+        for number in value if isinstance(value, list) else [value]:
+            if low and not float(low) <= number <= float(high or 1e12):  # nan is not, either
+                fail(f"{setting.name} must be from {low} to {high or '1e12'}, not {number}")
     config.check()
     return config
 
@@ -1371,7 +1474,10 @@ def folder_of(config):
     return Path(config.out or f"runs/{config.method}-{Path(config.model).name}-{config.seed}")
 
 def load_state(folder, config, parts):
-    """What state.pt holds besides the `parts` (name: module or optimizer), which are restored."""
+    """Restore the `parts`, {name: module or optimizer}, from state.pt; return what else it holds.
+
+    Ends the program in one line where the run was begun with other settings.
+    """
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
                   "micro_tokens", "generate_tokens")
     state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
@@ -1425,62 +1531,8 @@ def print_response(t):
     text = t.text if len(t.text) <= 400 else t.text[:300] + " ... " + t.text[-100:]
     print(f"  reward {t.reward:.0f} (answer {t.gold}): " + text.replace("\n", "↵"), flush=True)
 
-def start(config):
-    """Return what a run works with: policy, problems, optimizer, and its state so far."""
-    run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
-    print_machine()
-    pairs = load_problems(config)
-    run.model, run.tokenizer = load_policy(config)
-    run.problems, run.heldout = [encode(side, run.model, run.tokenizer, config) for side in pairs]
-    run.extra = prepare(run.model, config)  # latents or a reference
-    check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
-    run.optimizer = torch.optim.AdamW(
-        run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
-        fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
-    run.parts = {"model": run.model, "optimizer": run.optimizer}
-    if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # a frozen reference is the policy that was just loaded
-    if (run.folder / "state.pt").exists():
-        run.state = load_state(run.folder, config, run.parts)
-    else:
-        before = evaluate(run.model, run.tokenizer, run.heldout, config)
-        run.state = {"config": asdict(config), "log": [], "before": before}
-    return run
-
-def train(config):
-    """Evaluate, train until the budget is spent, evaluate again; return the summary."""
-    run = start(config)
-    model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
-    tokens = sum(line["tokens_sampled"] for line in log)
-    began, done_before = time.time(), share_done(len(log), tokens, config)
-    while share_done(len(log), tokens, config) < 1:
-        step = len(log)
-        if step % config.save_every == 0:
-            save_state(run.folder, run.state, run.parts)
-        run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
-        metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.extra,
-                                                 run.problems, config, step)
-        if config.eval_every and (step + 1) % config.eval_every == 0:
-            found = evaluate(model, tokenizer, run.heldout, config)
-            metrics |= {f"eval_{name}": value for name, value in found.items()}
-        log.append(metrics)
-        save_lines(run.folder / "metrics.jsonl", log)
-        tokens += metrics["tokens_sampled"]
-        done = share_done(len(log), tokens, config)
-        left = (time.time() - began) * max(0, 1 - done) / (done - done_before)
-        print_step(metrics, config, tokens, left)
-    save_state(run.folder, run.state, run.parts)
-
-    after = evaluate(model, tokenizer, run.heldout, config, run.folder / "samples.jsonl")
-    summary = {"before": run.state["before"], "after": after, "config": asdict(config),
-               "seconds": time.time() - run.began}
-    save_lines(run.folder / "summary.json", [summary])
-    save_policy(run.folder / "model", model, tokenizer)
-    print_table(run.folder, summary)
-    return summary
-
 def print_table(folder, summary):
-    """Before and after training, and what GRPO got with this seed where such a run is at hand."""
+    """Print results before and after training, and GRPO's with this seed if they are at hand."""
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
     grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)

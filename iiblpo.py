@@ -9,7 +9,19 @@
     python iiblpo.py --model Qwen2.5-0.5B
 
 These train a tiny policy on a laptop, the same by a baseline, and a real model on one GPU. Every
-field of `Config` is a flag.
+field of `Config` is a flag. A step of the method, `training_step`, is this:
+1. Sample M rollouts per prompt, and record the entropy H_t of each token: `sample`.
+2. Branch each rollout K times where the policy hesitates, each branch with its own latent that
+   enters by pseudo self-attention: `branch`, `LatentCVAE`, `PseudoSelfAttention`.
+3. Score each response by what it says about the answer, beyond what it takes from the prompt, and
+   keep a part of the branches by this score: `trajectory_ib_score`, `select_top_n`.
+4. Compare the rewards of all responses to the same prompt: `group_advantages`.
+5. Take a GRPO step of the policy without latents, with the IB self-reward: `update`.
+
+The sections: Config and Trajectory; stage 1, branching; stage 2, the information bottleneck; the
+update; the training step; the run; what only I²B-LPO needs; supporting code, which is the same in
+both scripts: sampling and log-probabilities, the policy, problems, the tiny task, the verifier,
+evaluation, files. Read the supporting code when you meet it.
 
 Left out: vLLM, sharding, rewards other than right or wrong. Unlike in the released code, latents
 learn through the policy that they steer.
@@ -32,7 +44,7 @@ import time
 import types
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -59,84 +71,106 @@ datasets.disable_progress_bars()
 huggingface_hub.utils.enable_progress_bars()  # those of downloads, which take longest
 
 
-def setting(default, help):
-    """A field of Config: its default and what it does."""
-    return HfArg(default=default, help=help)
+def setting(default, help, allowed=None):
+    """Return a field of `Config`: its default, its help, and the range of its numbers.
+
+    The range, such as "0..1" or "1..", stands behind the flag in --help, and is checked.
+    """
+    metadata = {"metavar": allowed} if allowed else None
+    if isinstance(default, list):
+        return HfArg(default_factory=default.copy, help=help, metadata=metadata)
+    return HfArg(default=default, help=help, metadata=metadata)
 
 
 @dataclass
 class Config:
-    """All settings: a flag each, and a line of a YAML file. The defaults are for a real model."""
-    # the run
-    model: str = setting("tiny", "hub name (Qwen2.5-0.5B), folder, or tiny")
-    method: Literal["iiblpo", "grpo", "dapo", "entropy_reg"] = setting("iiblpo", "or a baseline")
-    max_steps: int = setting(200, "training steps")
-    max_tokens: int = setting(0, "stop when so many tokens have been sampled; 0: never")
-    seed: int = setting(0, "of problems and sampling")
-    out: str = setting("", "the run's folder (runs/METHOD-SEED)")
+    """Hold all settings: each is a flag, and may be a line of a YAML file.
+
+    The defaults are for a real model. tiny_config.yaml has those of the tiny policy.
+    """
+    # The run
+    model: str = setting("tiny", "a name of the hub such as Qwen2.5-0.5B, a folder, or tiny")
+    method: Literal["iiblpo", "grpo", "dapo", "entropy_reg"] = setting(
+        "iiblpo", "the method, or a baseline")
+    max_steps: int = setting(200, "most training steps", "1..")
+    max_tokens: int = setting(0, "most tokens that are sampled (0: no limit)", "0..")
+    seed: int = setting(0, "seed of problems and sampling", "0..")
+    out: str = setting("", "folder of the run (by default runs/METHOD-MODEL-SEED)")
     resume: bool = setting(False, "go on from the run's last checkpoint")
-    save_every: int = setting(10, "steps between checkpoints")
-    show: bool = setting(False, "do not train: print how a problem is explored")
-    probe_heads: bool = setting(False, "do not train: which attention heads know difficulty")
-    # problems
+    save_every: int = setting(10, "steps between checkpoints", "1..")
+    show: bool = setting(False, "print how one problem is explored, and do not train")
+    probe_heads: bool = setting(False, "print which attention heads know how difficult a problem "
+                                "is, and do not train")
+    # Problems
     dataset: str = setting("gsm8k", "chain, gsm8k, math, dapo, owner/name or owner/name:config of "
                            "the hub, or a .jsonl, .json or .parquet file")
-    eval_dataset: str = setting("", "evaluate on another one: math500, aime24, aime25, "
+    eval_dataset: str = setting("", "another data set to evaluate on: math500, aime24, aime25, "
                                 "olympiadbench, or as above")
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
-                          "\\boxed{}.", "what the policy is asked")
-    operands: list[int] = HfArg(default_factory=[4, 7].copy, help="chain: fewest and most digits")
-    habit: float = setting(0.75, "chain: share of lines that do the leftmost operator by habit")
-    warm_steps: int = setting(1000, "tiny: supervised steps before RL")
-    # rollout
-    prompts_per_step: int = setting(16, "prompts a step")
-    rollouts: int = setting(8, "responses a prompt of the baselines, and everyone's budget")
-    max_new_tokens: int = setting(1024, "longest response")
-    generate_tokens: int = setting(131072, "rows x (prompt + tokens to come, no prefix) of a call")
-    # stage 1: branching
-    initial: int = setting(2, "M: rollouts a prompt before branching")
-    branches: int = setting(3, "K: branches of each rollout")
-    branch_mode: Literal["psa", "random"] = setting("psa", "random: same places, no latents")
-    top_frac: float = setting(0.05, "rho: share of tokens, by entropy, to branch at")
-    psa_layers: int = setting(4, "how many of the last layers see the latent; 0: all")
-    psa_gamma: float = setting(1.0, "gamma: strength of the latent")
-    psa_halflife: float = setting(8.0, "generated tokens that halve the change of the norms")
-    z_dim: int = setting(128, "dimensions of the latent")
-    cvae_pairs: int = setting(512, "most continuations that the latents learn from")
-    cvae_steps: int = setting(200, "training steps of the latents")
-    # stage 2: information bottleneck
-    keep: float = setting(0.75, "share of a prompt's branches of one reward that is kept")
-    beta: float = setting(1.0, "beta: weight of the answer gain in S_IB")
-    ib_rounds: int = setting(1, "times that stages 1 and 2 are gone through")
-    kappa: float = setting(0.005, "kappa: weight of the IB self-reward")
-    # update
-    lr: float = setting(1e-6, "AdamW's learning rate")
-    updates_per_step: int = setting(1, "steps a batch; at 1 only steered branches are clipped")
-    clip_low: float = setting(0.2, "the ratio is clipped to [1 - clip_low, ...")
-    clip_high: float = setting(0.2, "... 1 + clip_high]; dapo: at least 0.28")
-    entropy_bonus: float = setting(0.003, "entropy_reg: weight of the entropy")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    micro_tokens: int = setting(4096, "rows x columns of one training pass")
-    recompute: bool = setting(True, "run layers again in the backward pass to save memory")
-    # evaluation
-    eval_prompts: int = setting(256, "held-out problems")
-    eval_samples: int = setting(16, "responses a problem: the k of pass@k and maj@k")
-    eval_every: int = setting(0, "steps between further evaluations; 0: before and after only")
-
-    MAY_BE_0 = ["max_tokens", "seed", "eval_every", "psa_layers"]  # other integers may not
-    SHARES = ["habit", "top_frac", "keep", "clip_low"]  # 1 at most
+                          "\\boxed{}.", "what the policy is asked, with {question} in it")
+    operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "1..")
+    habit: float = setting(0.75, "chain: share of the demonstrated lines that reduce the leftmost "
+                           "operator by habit", "0..1")
+    warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
+    # Rollouts
+    prompts_per_step: int = setting(16, "prompts per step", "1..")
+    rollouts: int = setting(8, "responses per prompt; I²B-LPO spends the tokens of as many", "1..")
+    max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
+    generate_tokens: int = setting(131072, "size of one `generate` call: rows x longest row", "1..")
+    # Stage 1: branching
+    initial: int = setting(2, "M: rollouts per prompt before branching", "1..")
+    branches: int = setting(3, "K: branches per rollout", "1..")
+    branch_mode: Literal["psa", "random"] = setting(
+        "psa", "psa: each branch has a latent; random: the same places without latents")
+    top_frac: float = setting(0.05, "rho: share of a response's tokens, those of highest entropy, "
+                              "at which it may branch", "0..1")
+    psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
+    psa_gamma: float = setting(1.0, "gamma: strength of the latent", "0..")
+    psa_halflife: float = setting(8.0, "tokens in which the change of the norms halves", "0..")
+    z_dim: int = setting(128, "dimensions of the latent", "1..")
+    cvae_pairs: int = setting(512, "most continuations that the latents learn from", "1..")
+    cvae_steps: int = setting(200, "training steps of the latents", "1..")
+    # Stage 2: information bottleneck
+    keep: float = setting(0.75, "share of a prompt's branches of one reward that stay", "0..1")
+    beta: float = setting(1.0, "beta: weight of the answer term in S_IB", "0..")
+    ib_rounds: int = setting(1, "how often stages 1 and 2 are gone through", "1..")
+    kappa: float = setting(0.005, "kappa: weight of the self-reward", "0..")
+    # Update
+    lr: float = setting(1e-6, "learning rate of AdamW", "0..")
+    updates_per_step: int = setting(1, "minibatches per batch, with an optimizer step each; with 1 "
+                                    "only branches have ratios that can be clipped", "1..")
+    clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ...", "0..1")
+    clip_high: float = setting(0.2, "... and to 1 + clip_high (dapo: 1.28)", "0..")
+    entropy_bonus: float = setting(0.003, "entropy_reg: weight of the mean entropy", "0..")
+    max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped", "0..")
+    micro_tokens: int = setting(4096, "size of one training pass: rows x longest row", "1..")
+    recompute: bool = setting(True, "run layers again in the backward pass, to save memory")
+    # Evaluation
+    eval_prompts: int = setting(256, "held-out problems", "1..")
+    eval_samples: int = setting(16, "responses per held-out problem", "1..")
+    eval_every: int = setting(0, "steps between more evaluations (0: only before, after)", "0..")
 
     def check(self):
-        """What the method implies, and what else must hold."""
+        """Set what the method implies; end the program where settings contradict each other."""
         if self.method == "dapo":
             self.clip_high = max(0.28, self.clip_high)  # clip-higher
         if self.method == "iiblpo" and self.rollouts <= self.initial:
             fail("initial must be below rollouts: branches get the rest of them")
+        if "{question}" not in self.prompt:
+            fail("prompt must contain {question}")
+        if len(self.operands) != 2 or self.operands[0] > self.operands[1]:
+            fail("operands must be the fewest and the most digits")
+        if self.dataset == "chain" and self.eval_dataset:
+            fail("the chain task has held-out problems of its own: leave out --eval_dataset")
+        if self.model == "tiny" and self.dataset != "chain":
+            fail(f"the tiny policy knows only digits: --dataset {self.dataset} needs a --model")
+        if self.prompts_per_step < WORLD:
+            fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
 
 
 @dataclass(eq=False)
 class Trajectory:
-    """A problem, with a response or the beginning of one."""
+    """Hold a problem, and a response to it or the beginning of one."""
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
@@ -258,7 +292,7 @@ class PseudoSelfAttention(torch.nn.Module):
 
     @contextlib.contextmanager
     def steer(self, z, born):
-        """Within the block, row i of what the model runs is steered by z[i] from column born[i] on.
+        """Steer row i of what the model runs in the block by z[i], from column born[i] on.
 
         z: [B, Z], born: [B]. With γ = 0 the model is exactly what it was.
         """
@@ -275,7 +309,7 @@ class PseudoSelfAttention(torch.nn.Module):
             self.steering = False
 
     def count_columns(self, embedding, args, output):
-        """Before the layers run: the ages [B, Q] of the Q columns whose tokens are embedded.
+        """Note, before the layers run, the ages [B, Q] of the Q columns whose tokens are embedded.
 
         `generate` runs a prompt's columns first, and then one column per call. Counting them needs
         no argument of the model, whose names change between releases of transformers.
@@ -295,7 +329,7 @@ class PseudoSelfAttention(torch.nn.Module):
         return output + strength[..., None] * self.changes[:, i] * x
 
 def psa_attention(module, query, key, value, attention_mask, **kwargs):
-    """The usual attention, with the latent's slot, if there is one, before keys and values.
+    """Return the usual attention, with the latent's slot, if there is one, before keys and values.
 
     query: [B, heads, Q, D]; key, value: [B, KV, K, D]; attention_mask: bool [B, 1, Q, K] or None.
     """
@@ -334,17 +368,17 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     the parents until `budget` tokens are spent, if each is as long as its parent. [O]
     """
     prefixes = prefixes_to_branch(parents, config)
-    begun = []
+    affordable = []
     for prefix, parent in zip(prefixes * config.branches, parents * config.branches):
         budget -= len(parent.response) - prefix.start
         if budget >= 0:
-            begun.append(prefix)
+            affordable.append(prefix)
     if not latents:
-        return sample(model, tokenizer, begun, config)
+        return sample(model, tokenizer, affordable, config)
     cvae, psa = latents
-    z = cvae.sample(features(model, prefixes, config)[0], config.branches)
-    z = z.transpose(0, 1).flatten(0, 1)[:len(begun)]  # in the order of `begun`
-    return sample(model, tokenizer, begun, config, steer=steer_sampling(psa, z))
+    z = cvae.sample(features(model, prefixes, config)[0], config.branches)  # [B, K, Z]
+    z = z.transpose(0, 1).flatten(0, 1)[:len(affordable)]  # in the order of `affordable`
+    return sample(model, tokenizer, affordable, config, steer=steer_sampling(psa, z))
 
 def steer_sampling(psa, z):
     """Return the `steer` of `sample` that gives row i the latent z[i], behind its prefix's end."""
@@ -466,7 +500,7 @@ def explore(model, tokenizer, latents, problems, config):
         branches = branch(model, tokenizer, latents, kept, config, budget / rounds_left)
         budget -= own_tokens(branches)
         candidates = candidates + branches
-        judge(candidates, config)
+        assign_rewards(candidates, config)
         kept = candidates
         if config.keep < 1:  # otherwise every branch is kept, and none needs a score
             set_scores(model, tokenizer, candidates, config)
@@ -575,7 +609,7 @@ def update(model, optimizer, batch, config):
 # ==== The training step
 
 def training_step(model, tokenizer, optimizer, latents, problems, config, step):
-    """One step of the method, or of a baseline; returns its line of metrics.jsonl."""
+    """Do one step of the method or of a baseline; return its line of metrics.jsonl."""
     # 1. random numbers of the step's own, so that a resumed run has the very same ones
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62) + RANK)
@@ -589,7 +623,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     # 3. roll out, branch where the policy hesitates, keep what is informative and short
     began = time.time()
     if config.method == "iiblpo":
-        batch = share(shuffled[:config.prompts_per_step])
+        batch = shard(shuffled[:config.prompts_per_step])
         candidates, kept = explore(model, tokenizer, latents, batch, config)
         set_advantages(candidates, kept)
     else:
@@ -608,12 +642,71 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     metrics["tokens_sampled"] += metrics.get("latent_tokens", 0)  # all tokens count
     return metrics
 
+# ==== The run
+
+def start(config):
+    """Return what a run works with: policy, problems, optimizer, and its state so far."""
+    run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
+    print_machine()
+    pairs = load_problems(config)
+    run.model, run.tokenizer = load_policy(config)
+    run.problems, run.heldout = [encode(side, run.model, run.tokenizer, config) for side in pairs]
+    run.extra = prepare(run.model, config)  # latents or a reference
+    check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
+    run.optimizer = torch.optim.AdamW(
+        run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
+        fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
+    run.parts = {"model": run.model, "optimizer": run.optimizer}
+    if any(weight.requires_grad for weight in run.extra.parameters()):
+        run.parts["extra"] = run.extra  # a frozen reference is the policy that was just loaded
+    if (run.folder / "state.pt").exists():
+        run.state = load_state(run.folder, config, run.parts)
+    else:
+        before = evaluate(run.model, run.tokenizer, run.heldout, config)
+        run.state = {"config": asdict(config), "log": [], "before": before}
+    return run
+
+def train(config):
+    """Evaluate, train until the budget is spent, evaluate again; return the summary."""
+    run = start(config)
+    model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
+    tokens = sum(line["tokens_sampled"] for line in log)
+    began, done_before = time.time(), share_done(len(log), tokens, config)
+    while share_done(len(log), tokens, config) < 1:
+        step = len(log)
+        if step % config.save_every == 0:
+            save_state(run.folder, run.state, run.parts)
+        run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
+        metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.extra,
+                                                 run.problems, config, step)
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            found = evaluate(model, tokenizer, run.heldout, config)
+            metrics |= {f"eval_{name}": value for name, value in found.items()}
+        log.append(metrics)
+        save_lines(run.folder / "metrics.jsonl", log)
+        tokens += metrics["tokens_sampled"]
+        done = share_done(len(log), tokens, config)
+        left = (time.time() - began) * max(0, 1 - done) / (done - done_before)
+        print_step(metrics, config, tokens, left)
+    save_state(run.folder, run.state, run.parts)
+
+    after = evaluate(model, tokenizer, run.heldout, config, run.folder / "samples.jsonl")
+    summary = {"before": run.state["before"], "after": after, "config": asdict(config),
+               "seconds": time.time() - run.began}
+    save_lines(run.folder / "summary.json", [summary])
+    save_policy(run.folder / "model", model, tokenizer)
+    print_table(run.folder, summary)
+    return summary
+
 
 # ====
 # What only I²B-LPO needs
 
 def prepare(model, config):
-    """What is trained besides the policy: (cvae, psa), seeded, or nothing without latents."""
+    """Return the latents (cvae, psa), or an empty list for methods that have none.
+
+    Ends the program in one line where the model has no norms that a latent could change.
+    """
     torch.manual_seed(config.seed)
     if config.method != "iiblpo" or config.branch_mode == "random":
         return torch.nn.ModuleList()
@@ -630,7 +723,7 @@ def alternatives(model, tokenizer, problems, config):
     These are the policy's own alternatives: at t* of a rollout each of the four likeliest tokens
     with p > 0.01 is gone on from, so that rare choices count as much as usual ones.
     """
-    begun = []
+    prefixes = []
     eos = model.generation_config.eos_token_id
     parents = sample(model, tokenizer, problems, config)
     for t in prefixes_to_branch(parents, config):
@@ -640,8 +733,8 @@ def alternatives(model, tokenizer, problems, config):
         for token in p.topk(4).indices.tolist():
             goes_on = token not in eos and t.start + 1 < config.max_new_tokens
             if goes_on and p[token] > 0.01:
-                begun.append(replace(t, response=t.response + [token]))  # not in logps
-    pairs = sample(model, tokenizer, begun[:math.ceil(config.cvae_pairs / WORLD)], config)
+                prefixes.append(replace(t, response=t.response + [token]))  # not in logps
+    pairs = sample(model, tokenizer, prefixes[:math.ceil(config.cvae_pairs / WORLD)], config)
     tokens = own_tokens(parents) + own_tokens(pairs)
     return [replace(t, start=t.start - 1) for t in pairs], tokens
 
@@ -654,7 +747,7 @@ def check_policy(model, tokenizer, latents, problems, config):
     """
     torch.manual_seed(config.seed)
     ordered = sorted(problems, key=len)  # of the shortest and the longest prompts, for padding
-    few = share((ordered[:2] + ordered[-2:]) * WORLD)
+    few = shard((ordered[:2] + ordered[-2:]) * WORLD)
     short = replace(config, max_new_tokens=min(CHECK_TOKENS, config.max_new_tokens))
     batch = sample(model, tokenizer, few, short)
     logp, _, mask = token_logps(model, batch)
@@ -678,7 +771,7 @@ def check_policy(model, tokenizer, latents, problems, config):
 def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; a report on the last batch."""
     cvae, psa = latents
-    problems = share(problems[:WORLD + config.cvae_pairs // 2])
+    problems = shard(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
     pairs, tokens = gather(pairs), sum(gather([tokens]))
     if not pairs:
@@ -705,14 +798,14 @@ def train_latents(model, tokenizer, latents, problems, config):
             torch.distributed.broadcast(weight.data, 0)  # the first process's for all
     with torch.no_grad():
         bare, _, mask = token_logps(model, batch)
-    return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "kl": kl.sum().item(),
+    return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "latents_kl": kl.sum().item(),
             "active_dims": (kl > 0.01).sum().item(), "latent_tokens": tokens}
 
 def last_states(model, batch):
-    """Last hidden states [B, P + T, H] of whole trajectories, their token ids [B, P + T], and P.
+    """Return the last hidden states [B, P + T, H] of trajectories, their ids [B, P + T], and P.
 
-    Prompts are padded on the left, responses on the right, both with -1: column P + t is token t of
-    every row.
+    Prompts are padded on the left and responses on the right, both with -1, so that column P + t is
+    token t of every row.
     """
     P = max(len(t.prompt) for t in batch)
     rows = [[-1] * (P - len(t.prompt)) + t.prompt + t.response for t in batch]
@@ -725,7 +818,7 @@ def last_states(model, batch):
     return states, ids, P
 
 def token_logps(model, batch):
-    """ln π(o_t) and H_t of trajectories' own tokens, and their mask: three [B, T] tensors."""
+    """Return ln π(o_t) and H_t of trajectories' own tokens and the mask of these, three [B, T]."""
     states, ids, P = last_states(model, batch)
     tokens = ids[:, P:]
     begin = torch.tensor([t.start for t in batch], device=DEVICE)[:, None]
@@ -737,7 +830,7 @@ def token_logps(model, batch):
 
 @torch.no_grad()
 def features(model, batch, config):
-    """e(c) and e(o_>=t*): mean last hidden states of prefixes and continuations, two [B, H]."""
+    """Return e(c) and e(o_>=t*), [2, B, H]: mean last hidden states of prefix and continuation."""
     e = torch.zeros(2, len(batch), model.config.hidden_size, device=DEVICE)
     for rows in micro_batches([len(t) for t in batch], config.micro_tokens):
         states, _, P = last_states(model, [batch[row] for row in rows])
@@ -755,11 +848,11 @@ def baseline_rollouts(model, tokenizer, shuffled, config):
     out responses that were cut at the length limit.
     """
     dapo = config.method == "dapo"
-    missing = wanted = len(share(shuffled[:config.prompts_per_step]))
-    waiting, candidates = share(shuffled[:3 * config.prompts_per_step]), []
+    missing = wanted = len(shard(shuffled[:config.prompts_per_step]))
+    waiting, candidates = shard(shuffled[:3 * config.prompts_per_step]), []
     for _ in range(3 if dapo else 1):
         new = sample(model, tokenizer, waiting[:missing] * config.rollouts, config)
-        judge(new, config)
+        assign_rewards(new, config)
         candidates += new
         waiting = waiting[missing:]
         mixed = {group for group, rate in pass_rates(candidates).items() if 0 < rate < 1}
@@ -791,7 +884,10 @@ def show(config):
 
 @torch.no_grad()
 def head_outputs(model, problems):
-    """Each head's output at the last prompt token, before the projection: [B, layers, heads, D]."""
+    """Return what each head puts out at the prompts' last tokens, [B, layers, heads, D].
+
+    It is taken before the projection that mixes the heads.
+    """
     seen, hooks = [], []
     for name, module in model.named_modules():
         if name.endswith("self_attn.o_proj"):
@@ -806,14 +902,14 @@ def head_outputs(model, problems):
     return torch.stack(seen).view(len(problems), len(hooks), model.config.num_attention_heads, -1)
 
 def ridge_probe(x, y, x_new):
-    """Predictions [m] for x_new [m, D] of a ridge regression of y [n] on standardised x [n, D]."""
+    """Return predictions for x_new of a ridge regression of y [n] on standardised x [n, D]."""
     mean, scale = x.mean(0), x.std(0) + 1e-6
     x, x_new = (x - mean) / scale, (x_new - mean) / scale
     penalty = 0.1 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
     return y.mean() + x_new @ torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean()))
 
 def probe_heads(config):
-    """Score the attention heads of a policy; print and save."""
+    """Score the attention heads of a policy, print the scores, and save them to heads.json."""
     _, heldout = load_problems(config)
     model, tokenizer = load_policy(config)
     problems = encode(heldout, model, tokenizer, config)
@@ -822,7 +918,7 @@ def probe_heads(config):
     outputs, half = head_outputs(model, problems), len(problems) // 2
     torch.manual_seed(config.seed)
     responses = sample(model, tokenizer, problems * config.eval_samples, config)
-    judge(responses, config)
+    assign_rewards(responses, config)
     rewards = torch.tensor([t.reward for t in responses], dtype=torch.double)
     difficulty = 1 - rewards.view(-1, len(problems)).mean(0)
     predicted = {}
@@ -909,7 +1005,7 @@ def cut_at_end(tokens, room, eos):
     return tokens[:room], False
 
 def token_entropy(logits):
-    """H_t = -Σ_v p_t(v) ln p_t(v), p_t the softmax of raw logits [..., V]; returns [...]."""
+    """Return H_t = -Σ_v p_t(v) ln p_t(v), [...], p_t the softmax of raw logits [..., V]."""
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
     return -(logp.exp() * logp).sum(-1)
 
@@ -1008,7 +1104,10 @@ def report_gaps(gaps):
              f"{bound}: the script does not fit this model or this release of transformers")
 
 def micro_batches(lengths, tokens):
-    """Lists of indices, like lengths together: `tokens` at most (items x longest), or one item."""
+    """Group indices of like lengths so that a group's size x its longest is at most `tokens`.
+
+    An item that is longer than that is a group of its own. [5, 9, 4] by 10 -> [[1], [0, 2]].
+    """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
@@ -1018,7 +1117,7 @@ def micro_batches(lengths, tokens):
     return batches
 
 def take_step(model, optimizer, config):
-    """An optimizer step by the gradients of all processes; returns their norm before clipping."""
+    """Take an optimizer step by the gradients of all processes; return their norm unclipped."""
     for p in model.parameters():
         if WORLD > 1:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -1049,14 +1148,14 @@ def total_means(sums):
     return total
 
 def gather(items):
-    """The items of all processes in one list."""
+    """Return the items of all processes in one list."""
     lists = [items] * WORLD
     if WORLD > 1:
         torch.distributed.all_gather_object(lists, items)
     return sum(lists, [])
 
-def share(problems):
-    """What this process explores of a batch of problems, numbered by their place in it."""
+def shard(problems):
+    """Return this process's part of a batch of problems, numbered by their places in the batch."""
     return [replace(t, group=i) for i, t in enumerate(problems)][RANK::WORLD]
 
 def load_policy(config):
@@ -1244,13 +1343,13 @@ def encode(pairs, model, tokenizer, config):
 # so the policy knows arithmetic, and seldom tries the order that precedence asks for.
 
 def reduce_at(expression, i):
-    """Do the operator at index i, modulo 10: ("3+4*2", 3) -> "3+8"."""
+    """Return the expression with the operator at index i done modulo 10: ("3+4*2", 3) -> "3+8"."""
     a, b = int(expression[i - 1]), int(expression[i + 1])
     value = {"+": a + b, "-": a - b, "*": a * b}[expression[i]] % 10
     return f"{expression[:i - 1]}{value}{expression[i + 2:]}"
 
 def chain_value(question):
-    """The value by ordinary precedence, modulo 10: "3+4*2=" -> "1"."""
+    """Return the value by ordinary precedence, modulo 10: "3+4*2=" -> "1"."""
     expression = question.rstrip("=")
     while len(expression) > 1:
         expression = reduce_at(expression, max(1, expression.find("*")))
@@ -1272,7 +1371,7 @@ def is_sound(question, text):
     return answer == "#" + expression
 
 def demonstration(question, rng, habit):
-    """A response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
+    """Return a response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
     expression, response = question.rstrip("="), ""
     while len(expression) > 1:
         at = 1
@@ -1283,7 +1382,7 @@ def demonstration(question, rng, habit):
     return response + "#" + expression
 
 def chain_questions(rng, operands, heldout, n):
-    """n different questions. One in sixteen, by its checksum, is held out."""
+    """Return n different questions. One in sixteen, by its checksum, is held out."""
     found = {}
     for _ in range(32 * n + 10_000):
         question = str(rng.randrange(10))
@@ -1296,7 +1395,7 @@ def chain_questions(rng, operands, heldout, n):
     fail(f"there are not {n} problems with --operands {operands}, only {len(found)}")
 
 def tiny_tokenizer():
-    """One token a character, as an ordinary fast tokenizer."""
+    """Return an ordinary fast tokenizer with one token per character."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n#"])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.decoder = decoders.Fuse()
@@ -1342,11 +1441,11 @@ def warm_start(config):
     return folder
 
 def own_tokens(trajectories):
-    """How many tokens they sampled themselves, those of their parents not counted."""
+    """Return how many tokens the trajectories sampled themselves, without their prefixes."""
     return sum(len(t.response) - t.start for t in trajectories)
 
-def judge(trajectories, config):
-    """Reward each trajectory with 1 or 0, by its gold answer."""
+def assign_rewards(trajectories, config):
+    """Write the reward of each trajectory: 1 where its answer is the gold answer, else 0."""
     for t in trajectories:
         answer = extract_answer(t.text)
         if config.dataset == "chain":
@@ -1486,49 +1585,58 @@ def verify(answer, gold):
     return False
 
 def pass_at_k(n, c, k):
-    """Unbiased pass@k of n samples, c of them right: 1 - C(n-c, k) / C(n, k). [arXiv 2107.03374]"""
+    """Return the unbiased pass@k of n samples, c of them right. [arXiv 2107.03374]
+
+    It is 1 - C(n-c, k) / C(n, k): the chance that k of them, drawn at random, are not all wrong.
+    """
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 def distinct_n(texts, n):
-    """Distinct-n: different n-grams of words over all n-grams of the texts; 0 if there are none."""
+    """Return the share of different ones among all n-grams of words of the texts; 0 without any."""
     grams = []
     for text in texts:
         words = text.split()
         grams += [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 
-def evaluate(model, tokenizer, problems, config, file=None):
-    """Means over problems: greedy accuracy; of k = eval_samples responses pass@1, pass@k, maj@k (by
-    the answers' texts), Distinct-1 and -4, different right ones, length; the chain's sound ones.
+def problem_metrics(responses, config):
+    """Return the metrics of one problem, of whose k responses each has its reward.
+
+    pass@n is the chance that one of n responses is right, maj@k whether the answer that most of
+    them have is. Distinct-n is of all responses, distinct_correct counts different right ones.
     """
+    k = len(responses)
+    right = [t.text for t in responses if t.reward]
+    votes = Counter(filter(None, [extract_answer(t.text) for t in responses]))
+    winner = max(votes, key=votes.get, default=None)
+    metrics = {f"maj@{k}": float(winner in map(extract_answer, right))}
+    texts = [t.text for t in responses]
+    metrics |= {"distinct_1": distinct_n(texts, 1), "distinct_4": distinct_n(texts, 4),
+                "distinct_correct": len(set(right)), "length": own_tokens(responses) / k}
+    kinds = {"pass": right}
+    if config.dataset == "chain":
+        kinds["sound"] = [text for text in right if is_sound(responses[0].question, text)]
+        metrics["distinct_sound"] = len(set(kinds["sound"]))
+    for kind, texts in kinds.items():
+        for n in sorted({1, 4, 16, k}):
+            if n <= k:
+                metrics[f"{kind}@{n}"] = pass_at_k(k, len(texts), n)
+    return metrics
+
+def evaluate(model, tokenizer, problems, config, file=None):
+    """Return greedy accuracy and the mean of `problem_metrics` over problems; write the samples."""
     torch.manual_seed(config.seed + RANK)
     k = config.eval_samples
-    greedy = gather(sample(model, tokenizer, share(problems), config, greedy=True))
-    sampled = gather(sample(model, tokenizer, share(problems) * k, config))
-    judge(greedy + sampled, config)
+    greedy = gather(sample(model, tokenizer, shard(problems), config, greedy=True))
+    sampled = gather(sample(model, tokenizer, shard(problems) * k, config))
+    assign_rewards(greedy + sampled, config)
     sampled.sort(key=lambda t: t.group)
-    sums = Counter(greedy=sum(t.reward for t in greedy))
-    for i in range(0, len(sampled), k):
-        batch = sampled[i:i + k]
-        texts = [t.text for t in batch]
-        right = [t.text for t in batch if t.reward]
-        votes = Counter(filter(None, map(extract_answer, texts)))
-        sums["pass@1"] += len(right) / k
-        sums["pass@k"] += pass_at_k(k, len(right), k)
-        sums["maj@k"] += max(votes, key=votes.get, default=None) in map(extract_answer, right)
-        sums["distinct_1"] += distinct_n(texts, 1)
-        sums["distinct_4"] += distinct_n(texts, 4)
-        sums["distinct_correct"] += len(set(right))
-        sums["length"] += own_tokens(batch) / k
-        if config.dataset == "chain":
-            sound = [text for text in right if is_sound(batch[0].question, text)]
-            sums["sound@1"] += len(sound) / k
-            sums["sound@k"] += pass_at_k(k, len(sound), k)
-            sums["distinct_sound"] += len(set(sound))
+    groups = [sampled[i:i + k] for i in range(0, len(sampled), k)]
+    means = pandas.DataFrame([problem_metrics(group, config) for group in groups]).mean().to_dict()
     if file:
         save_lines(file, [{"question": t.question, "answer": t.gold, "response": t.text,
                            "reward": t.reward} for t in sampled])
-    return {name: value / len(problems) for name, value in sums.items()}
+    return {"greedy": sum(t.reward for t in greedy) / len(greedy)} | means
 
 def pass_rates(trajectories):
     """Return {problem: the mean reward of its responses}."""
@@ -1550,7 +1658,7 @@ def rollout_metrics(trajectories):
     return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
             "eff_rate": sum(0 < rate < 1 for rate in rates) / len(rates),
             "distinct_correct": len(right) / len(rates),
-            "pass@k": sum(rate > 0 for rate in rates) / len(rates),
+            "solved": sum(rate > 0 for rate in rates) / len(rates),
             "cut": cut / count, "answered": answered / count,
             "tokens_sampled": tokens, "trajectories": count}
 
@@ -1560,7 +1668,10 @@ def fail(message):
     raise SystemExit(2)
 
 def parse_config(script, argv):
-    """A Config from flags, over a YAML file (sections `common` and `script`), over the defaults."""
+    """Return a Config from flags, which win over a YAML file, which wins over the defaults.
+
+    Of the file count the sections `common` and `script`. Ends the program in one line at a mistake.
+    """
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="YAML file (tiny_config.yaml without --model); flags win")
     parser.error = fail
@@ -1576,22 +1687,12 @@ def parse_config(script, argv):
             values = value if isinstance(value, list) else [value]
             argv = [f"--{name}", *map(str, values)] + argv
     config = parser.parse_args(argv, Config())
-    for name, value in asdict(config).items():
-        for x in value if isinstance(value, list) else [value]:
-            low = 1 if type(x) is int and name not in Config.MAY_BE_0 else 0
-            high = 1 if name in Config.SHARES else 10 ** 12
-            if type(x) in (int, float) and not low <= x <= high:  # nan is not, either
-                fail(f"{name} must be from {low} to {high}, not {x}")
-    if "{question}" not in config.prompt:
-        fail("prompt must contain {question}")
-    if len(config.operands) != 2 or config.operands[0] > config.operands[1]:
-        fail("operands must be the fewest and the most digits")
-    if config.dataset == "chain" and config.eval_dataset:
-        fail("the chain task has held-out problems of its own: leave out --eval_dataset")
-    if config.model == "tiny" and config.dataset != "chain":
-        fail(f"the tiny policy knows only digits: --dataset {config.dataset} needs a --model")
-    if config.prompts_per_step < WORLD:
-        fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
+    for setting in fields(config):
+        low, _, high = setting.metadata.get("metavar", "").partition("..")
+        value = getattr(config, setting.name)
+        for number in value if isinstance(value, list) else [value]:
+            if low and not float(low) <= number <= float(high or 1e12):  # nan is not, either
+                fail(f"{setting.name} must be from {low} to {high or '1e12'}, not {number}")
     config.check()
     return config
 
@@ -1652,7 +1753,10 @@ def folder_of(config):
     return Path(config.out or f"runs/{config.method}-{Path(config.model).name}-{config.seed}")
 
 def load_state(folder, config, parts):
-    """What state.pt holds besides the `parts` (name: module or optimizer), which are restored."""
+    """Restore the `parts`, {name: module or optimizer}, from state.pt; return what else it holds.
+
+    Ends the program in one line where the run was begun with other settings.
+    """
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
                   "micro_tokens", "generate_tokens")
     state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
@@ -1706,62 +1810,8 @@ def print_response(t):
     text = t.text if len(t.text) <= 400 else t.text[:300] + " ... " + t.text[-100:]
     print(f"  reward {t.reward:.0f} (answer {t.gold}): " + text.replace("\n", "↵"), flush=True)
 
-def start(config):
-    """Return what a run works with: policy, problems, optimizer, and its state so far."""
-    run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
-    print_machine()
-    pairs = load_problems(config)
-    run.model, run.tokenizer = load_policy(config)
-    run.problems, run.heldout = [encode(side, run.model, run.tokenizer, config) for side in pairs]
-    run.extra = prepare(run.model, config)  # latents or a reference
-    check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
-    run.optimizer = torch.optim.AdamW(
-        run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
-        fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
-    run.parts = {"model": run.model, "optimizer": run.optimizer}
-    if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # a frozen reference is the policy that was just loaded
-    if (run.folder / "state.pt").exists():
-        run.state = load_state(run.folder, config, run.parts)
-    else:
-        before = evaluate(run.model, run.tokenizer, run.heldout, config)
-        run.state = {"config": asdict(config), "log": [], "before": before}
-    return run
-
-def train(config):
-    """Evaluate, train until the budget is spent, evaluate again; return the summary."""
-    run = start(config)
-    model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
-    tokens = sum(line["tokens_sampled"] for line in log)
-    began, done_before = time.time(), share_done(len(log), tokens, config)
-    while share_done(len(log), tokens, config) < 1:
-        step = len(log)
-        if step % config.save_every == 0:
-            save_state(run.folder, run.state, run.parts)
-        run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
-        metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.extra,
-                                                 run.problems, config, step)
-        if config.eval_every and (step + 1) % config.eval_every == 0:
-            found = evaluate(model, tokenizer, run.heldout, config)
-            metrics |= {f"eval_{name}": value for name, value in found.items()}
-        log.append(metrics)
-        save_lines(run.folder / "metrics.jsonl", log)
-        tokens += metrics["tokens_sampled"]
-        done = share_done(len(log), tokens, config)
-        left = (time.time() - began) * max(0, 1 - done) / (done - done_before)
-        print_step(metrics, config, tokens, left)
-    save_state(run.folder, run.state, run.parts)
-
-    after = evaluate(model, tokenizer, run.heldout, config, run.folder / "samples.jsonl")
-    summary = {"before": run.state["before"], "after": after, "config": asdict(config),
-               "seconds": time.time() - run.began}
-    save_lines(run.folder / "summary.json", [summary])
-    save_policy(run.folder / "model", model, tokenizer)
-    print_table(run.folder, summary)
-    return summary
-
 def print_table(folder, summary):
-    """Before and after training, and what GRPO got with this seed where such a run is at hand."""
+    """Print results before and after training, and GRPO's with this seed if they are at hand."""
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
     grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)
