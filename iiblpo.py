@@ -1523,8 +1523,8 @@ def operand(tokens):
         return REALS.mpf(operand(tokens)) ** (1 / REALS.mpf(token[6:-1] or 2))
     if token == r"\pi":
         return +REALS.pi
-    if re.fullmatch("[A-Za-z]", token):  # a letter's value is the same in every answer
-        return REALS.mpc(random.Random(token).uniform(0.7, 1.4), 1)
+    if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
+        return REALS.mpc(*map(random.Random(token).uniform, (0.7, 0.7), (1.4, 1.4)))
     return REALS.mpf(re.match("[.0-9].*|", token)[0])  # ValueError where it is no number
 
 def expression(tokens, least=1):

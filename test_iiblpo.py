@@ -1667,8 +1667,8 @@ x\lt 5|x < 5 ; \emptyset|\varnothing ; 2\times3|2\cdot 3 ; 2**3|2^3""",
 xy^2|y^2x ; 5cm|5 ; Not so|not so ; ab|ba ; 11,\! 111,\! 111,\! 100|11111111100 ;
 14 {, }916|14916 ; \text{(C)}|C ; None|none ; -0|0 ; \(\dfrac{1}{3} \)|1/3 ; $$ 9 $$|9 ; 5−3|2 ;
 √2|\sqrt 2 ; 1 - \frac1e|1-\frac{1}{\mathrm{e}}""",
-        r"""xy^2|(xy)^2 ; ln|nl ; 30^2|30^{\circ} ; 1 3|13 ; odd|oddd ; (1,f)|(1,n) ;
-\sin(x)|cos(x) ; \sqrt{67}|67""")}
+        r"""xy^2|(xy)^2 ; \sqrt{(x-y)^2}|x-y ; \sqrt{(x-y)^2}|y-x ; x-y|y-x ; ln|nl ;
+30^2|30^{\circ} ; 1 3|13 ; odd|oddd ; (1,f)|(1,n) ; \sin(x)|cos(x) ; \sqrt{67}|67""")}
 for equal_pairs, unequal_pairs in ANSWER_KINDS.values():
     EQUAL += equal_pairs.replace("\n", " ").split(" ; ")
     UNEQUAL += unequal_pairs.replace("\n", " ").split(" ; ")
@@ -1725,10 +1725,10 @@ def test_text_without_an_answer_has_none(text):
 
 @each("piece", ["\\boxed{", "#", "\\boxed ", "{", "}", "\\boxed{}", "####\n", " "])
 def test_extraction_from_a_megabyte_is_linear(piece):
-    start = time.perf_counter()
+    start = time.process_time()
     for before in ("", "\\boxed{", "\\boxed"):
         m.extract_answer(before + piece * (10 ** 6 // len(piece)))
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 def spellings(rng):
     """Return a random value of a kind that GSM8K, MATH or AIME ask for: kind, value, spellings."""
