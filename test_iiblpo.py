@@ -1889,9 +1889,14 @@ def tower(rng, depth):
     known = mpmath.im(number) == 0 and 1e-70 < abs(number) < 1e70
     return form % (a, b), mpmath.re(number) if known else mpmath.nan
 
+def peak_memory():
+    """The most memory of this process so far, in MB. Linux counts in kilobytes, macOS in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
+
 def attack(strings):
     """Verify strings, each against a gold and itself plus one: never right, late, nor leaking."""
-    memory, worst = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, (0, "")
+    memory, worst = peak_memory(), (0, "")
     gc.freeze()  # or else a collection of all that the tests hold would count as an answer's time
     golds = itertools.cycle(["3", r"\frac{1}{2}", "(1,2)", "x+1", "50%", "0"])
     for s in strings:
@@ -1900,7 +1905,7 @@ def attack(strings):
             right = m.verify(s, gold)
             worst = max(worst, (time.process_time() - start, s[:300]))
             assert right in (True, False) and not (right and gold == f"({s})+1"), s
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
+    grown = peak_memory() - memory
     print(f"\nworst {worst[0]:.3f} s at {worst[1]!r}, memory grew by {grown:.0f} MB")
     assert worst[0] <= 0.2 and grown <= 200 and not os.path.exists("/tmp/owned")
 
@@ -1953,14 +1958,17 @@ def test_constant_answers_earn_no_more_than_their_share():
         assert not m.verify(question, gold)
         assert m.verify(m.extract_answer(f"so\n#### {gold}"), gold)
 
+@posix
 def test_known_killers():
     attack([*HOSTILE, "9" * 30_000_000, "\\frac{" * 5_000_000, "." * 30_000_000])
 
+@posix
 def test_ten_thousand_hostile_strings_neither_raise_nor_run_nor_hang():
     attack(hostile_strings(5000, seed=0))
     attack_by_towers(5000, seed=0)
 
 @benchmark
+@posix
 def test_100_000_towers_and_200_000_hostile_strings():
     attack_by_towers(100_000, seed=1)
     attack(hostile_strings(200_000, seed=1))
