@@ -111,7 +111,7 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # The tree
     prompts_per_step: int = setting(16, "prompts per step, with a tree each", "1..")
-    tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts from the root, L - 1 rounds, "
+    tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts, then L - 1 rounds, "
                               "each with B continuations of K nodes", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
         "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: at each place once; "
@@ -1479,7 +1479,7 @@ def load_state(folder, config, parts):
     Ends the program in one line where the run was begun with other settings.
     """
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
-                  "micro_tokens", "generate_tokens")
+                  "micro_tokens", "generate_tokens", "recompute")
     state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
     for name, value in asdict(config).items():
         if name not in may_differ and state["config"].get(name) != value:

@@ -1758,7 +1758,7 @@ def load_state(folder, config, parts):
     Ends the program in one line where the run was begun with other settings.
     """
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
-                  "micro_tokens", "generate_tokens")
+                  "micro_tokens", "generate_tokens", "recompute")
     state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
     for name, value in asdict(config).items():
         if name not in may_differ and state["config"].get(name) != value:
