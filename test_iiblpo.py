@@ -864,7 +864,7 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
             assert t.group == parent.group and t.response[:t.start] == parent.response[:t.start]
         assert (logp - t.logps).abs().max() < 1e-5 and (H - t.entropy).abs().max() < 2e-5
         value = []
-        for x in (t.text.split("#")[0], ""):
+        for x in (t.text[:m.find_answer(t.text)[1]], ""):
             probe = m.Trajectory(t.prompt, response=TINY(x + "#" + t.gold).input_ids)
             value.append(slow_tokens(model, psa, probe)[0][-len(t.gold):].mean().item())
         gains.append(value[0] - value[1])
