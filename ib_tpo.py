@@ -8,11 +8,11 @@
     python ib_tpo.py --sampler entropy --out runs/entropy
     python ib_tpo.py --model Qwen2.5-0.5B
 
-These train a tiny policy on a laptop, the same with another sampler, and a real model on one GPU.
-Every field of `Config` is a flag. A step of the method, `training_step`, is this:
+The first trains a tiny policy on a laptop, the second does so with another sampler, the third
+trains a real model on one GPU. Every field of `Config` is a flag. A `training_step` does this:
 1. Sample B₀ rollouts per prompt, and split them into reasoning steps: `sample`, `split_steps`.
-2. Insert them into a tree, which knows of each step how often it led to a right answer: `insert`.
-3. Branch, in L - 1 rounds, where the IB-Score is highest: `grow`, `select_nodes`, `ib_score`.
+2. Insert them into a tree, which counts how often each step led to a right answer: `insert`.
+3. In L - 1 rounds, branch where the IB-Score is highest: `grow`, `select_nodes`, `ib_score`.
 4. Give each step its advantage, from that tree: `step_advantages`.
 5. Take a clipped policy-gradient step on the packed trees: `pack_tree`, `update_on_trees`.
 
@@ -25,9 +25,10 @@ Left out: vLLM, sharding, rewards other than right or wrong. The paper has tempe
 0.95, top-k 20, 2k tokens and DAPO-Math-17K; here responses are sampled without truncation, so that
 ln π is that of the sampling distribution, and the defaults are 1,024 tokens and GSM8K. [O]
 
-Marks: [P] the paper, after its abstract, its figures and detailed notes on it, because we could not
-read its text; [O] our own choice; other marks name their source. Shapes: B rows, T response tokens,
-S tokens of a packed tree, V vocabulary, H width. Entropies and log-probabilities are in nats.
+Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
+we could not read its text; [O] our own choice; other marks name their source. Shapes: B rows (but
+in the paper's formulas continuations of a node), T response tokens, S tokens of a packed tree,
+V vocabulary, H width. Entropies and log-probabilities are in nats.
 """
 import contextlib
 import copy
@@ -63,17 +64,18 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under masks [pytorch#196678]
-os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # ask no service for a model's other format
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # do not ask the hub to convert weights
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
-huggingface_hub.utils.enable_progress_bars()  # those of downloads, which take longest
+huggingface_hub.utils.enable_progress_bars()  # for downloads, the one library step that takes long
 
 
 def setting(default, help, allowed=None):
-    """Return a field of `Config`: its default, its help, and the range of its numbers.
+    """Return a field of `Config`.
 
-    The range, such as "0..1" or "1..", stands behind the flag in --help, and is checked.
+    `allowed` is the range of its numbers, such as "0..1" or "1..": --help prints it after the flag
+    (it is argparse's `metavar`), and `parse_config` checks it.
     """
     metadata = {"metavar": allowed} if allowed else None
     if isinstance(default, list):
@@ -83,16 +85,16 @@ def setting(default, help, allowed=None):
 
 @dataclass
 class Config:
-    """Hold all settings: each is a flag, and may be a line of a YAML file.
+    """All settings. Each is a command-line flag, and can be set in a YAML file, too.
 
     The defaults are for a real model. tiny_config.yaml has those of the tiny policy.
     """
     # The run
     model: str = setting("tiny", "a name of the hub such as Qwen2.5-0.5B, a folder, or tiny")
     method: Literal["ib_tpo", "grpo"] = setting(
-        "ib_tpo", "the method, or GRPO, which has no tree and outcome advantages")
-    max_steps: int = setting(200, "most training steps", "1..")
-    max_tokens: int = setting(0, "most tokens that are sampled (0: no limit)", "0..")
+        "ib_tpo", "the method; or GRPO: independent rollouts, one advantage per response")
+    max_steps: int = setting(200, "largest number of training steps", "1..")
+    max_tokens: int = setting(0, "largest number of sampled tokens (0: no limit)", "0..")
     seed: int = setting(0, "seed of problems and sampling", "0..")
     out: str = setting("", "folder of the run (by default runs/METHOD-MODEL-SEED)")
     resume: bool = setting(False, "go on from the run's last checkpoint")
@@ -124,21 +126,21 @@ class Config:
     beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0..")
     # Update
     advantage: Literal["gl+ib", "gl", "ib", "grpo", "treerl"] = setting(
-        "gl+ib", "gl+ib: A_GL + lam A_IB; gl, ib: one of both; grpo, treerl: a baseline's")
+        "gl+ib", "gl+ib: A_GL + lam A_IB; gl, ib: one of the two; grpo, treerl: those of baselines")
     lam: float = setting(0.1, "lambda: weight of A_IB", "0..")
     lr: float = setting(1e-6, "learning rate of AdamW", "0..")
-    updates_per_step: int = setting(1, "minibatches per batch, with an optimizer step each; with 1 "
-                                    "no ratio is clipped", "1..")
+    updates_per_step: int = setting(1, "minibatches per batch, one optimizer step each; with 1, "
+                                    "all ratios are 1", "1..")
     clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ...", "0..1")
     clip_high: float = setting(0.2, "... and to 1 + clip_high", "0..")
     kl: float = setting(0.001, "weight of the KL to the frozen starting policy", "0..")
     max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped", "0..")
-    micro_tokens: int = setting(4096, "tokens of one training pass; a larger tree has one", "1..")
+    micro_tokens: int = setting(4096, "tokens of a training pass; a larger tree goes alone", "1..")
     recompute: bool = setting(True, "run layers again in the backward pass, to save memory")
     # Evaluation
     eval_prompts: int = setting(256, "held-out problems", "1..")
     eval_samples: int = setting(16, "responses per held-out problem", "1..")
-    eval_every: int = setting(0, "steps between more evaluations (0: only before, after)", "0..")
+    eval_every: int = setting(0, "steps between evaluations (0: only before and after)", "0..")
 
     def check(self):
         """Set what the method implies; end the program where settings contradict each other."""
@@ -164,15 +166,15 @@ class Config:
 
 @dataclass(eq=False)
 class Trajectory:
-    """Hold a problem, and a response to it or the beginning of one."""
+    """A problem, with a response to it that is complete, cut off, only begun, or still empty."""
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
     group: int = 0  # which of the step's problems it is
-    response: list[int] = field(default_factory=list)  # T tokens, the last EOS unless cut
+    response: list[int] = field(default_factory=list)  # T tokens; the last is EOS unless cut off
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old(o_t), as it was sampled
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, likewise
-    start: int = 0  # where it left its parent (0: none): response[start:] are its own tokens
+    start: int = 0  # its own tokens are response[start:]; those before came with its prefix
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
@@ -181,7 +183,7 @@ class Trajectory:
         return len(self.prompt) + len(self.response)
 
 
-# ==== IBTree: steps and how they grow
+# ==== IBTree: a tree of reasoning steps
 #   p̂(a*|s) = mean reward of the trajectories through step s                                [P]
 #   B₀ rollouts, then L - 1 rounds: B continuations of each of the K nodes of highest IB-Score  [P]
 #   G = B₀ + (L - 1) K B trajectories; siblings of the same tokens are one node              [O]
@@ -195,9 +197,9 @@ class Node:
     parent: "Node" = None
     children: list["Node"] = field(default_factory=list)
     visits: int = 0  # trajectories through this step
-    drawn: int = 0  # those that drew it themselves, because their prefix ended before it
-    total_reward: float = 0.0  # of these, each 0 or 1
-    end: int = 0  # response tokens from q to the end of this step
+    drawn: int = 0  # of these, those that sampled this step rather than got it in their prefix
+    total_reward: float = 0.0  # summed over the visits, each 0 or 1
+    end: int = 0  # number of response tokens up to the end of this step
     branched: int = 0  # how often it was branched from
 
     @property
@@ -233,7 +235,7 @@ def split_steps(token_ids, tokenizer, delimiter):
     delimiter is the last step: "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
     """
     texts = {token: tokenizer.decode(token, skip_special_tokens=True) for token in set(token_ids)}
-    steps, text = [], delimiter  # as if a step had just ended
+    steps, text = [], delimiter  # so that the first token begins a step
     for token in token_ids:
         if delimiter in text:
             steps.append([])
@@ -245,7 +247,7 @@ def split_steps(token_ids, tokenizer, delimiter):
 def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
     """Add a trajectory (its steps, their [T] log-probs, its reward 0 or 1); return its leaf.
 
-    It went on from its first `start` tokens, and drew the steps behind them.
+    Its first `start` tokens came with its prefix; it drew the steps that begin at `start` or later.
     """
     path = [root]
     for i, tokens in enumerate(steps):
@@ -265,35 +267,39 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
         node.total_reward += reward
     return path[-1]
 
+def extend_trees(model, tokenizer, roots, prefixes, config):
+    """Sample on from the prefixes, insert the trajectories into their trees, and return them."""
+    new = sample(model, tokenizer, prefixes, config)
+    assign_rewards(new, config)
+    for t in new:
+        steps = split_steps(t.response, tokenizer, config.delimiter)
+        lengths = [len(step) for step in steps]
+        logps, entropy = t.logps.split(lengths), t.entropy.split(lengths)
+        insert(roots[t.group], steps, logps, t.reward, entropy, t.start)
+    return new
+
 def grow(model, tokenizer, problems, config, rng):
     """Grow an IBTree per problem; return ({group: root}, all trajectories that were sampled). [P]
 
-    All trees grow in one `sample` per round, for which prompt and prefix are prefilled again. [O]
+    One `sample` per round serves all trees; it runs prompts and prefixes again, uncached. [O]
     """
     B0, L, K, B = config.tree
-    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # by B₀ rollouts
-    if config.sampler == "independent":  # a single round
-        B0, L = config.rollouts or B0 + (L - 1) * K * B, 1
-    trajectories, prefixes = [], problems * B0
-    for turn in range(L):
-        if turn > 0:
-            prefixes = []
-            for t in problems:
-                for node in select_nodes(roots[t.group], K, config.sampler, config, rng):
-                    node.branched += 1
-                    prefixes += [go_on_from(node, t)] * B
-        new = sample(model, tokenizer, prefixes, config)
-        assign_rewards(new, config)
-        for t in new:
-            steps = split_steps(t.response, tokenizer, config.delimiter)
-            lengths = [len(step) for step in steps]
-            logps, entropy = t.logps.split(lengths), t.entropy.split(lengths)
-            insert(roots[t.group], steps, logps, t.reward, entropy, t.start)
-        trajectories += new
+    if config.sampler == "independent":
+        B0 = config.rollouts or B0 + (L - 1) * K * B  # G
+        L = 1
+    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # 1: the B₀ rollouts
+    trajectories = extend_trees(model, tokenizer, roots, problems * B0, config)
+    for _ in range(L - 1):
+        prefixes = []
+        for t in problems:
+            for node in select_nodes(roots[t.group], K, config.sampler, config, rng):
+                node.branched += 1
+                prefixes += [go_on_from(node, t)] * B
+        trajectories += extend_trees(model, tokenizer, roots, prefixes, config)
     return roots, trajectories
 
 def go_on_from(node, problem):
-    """Return the beginning of a response that ends with a node's step, to be gone on from."""
+    """Return the problem with the response up to the end of a node's step, to sample on from."""
     path = node.path()
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
@@ -302,16 +308,17 @@ def go_on_from(node, problem):
 # ==== IB-Score: where to branch
 #   J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H           [P]
 #   J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b), over the B sub-steps s_b sampled at v       [P]
-#   information gain  η₁(s) = p̂(a*|s) / p̂(a*|parent) - (1 + 1/β)                      [P]
+#   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β), v the parent of s         [P]
 #   confidence        η₂(s) = π(s)                                                     [P]
-# Our reconstruction of the second line: [O]
+# How the second line may follow from the first, which we had to reconstruct: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
-#   H(s|a*,v) = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   its mean over s ~ π(s|a*,v), by Bayes
-#   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/B Σ_b η₁ η₂,   which ranks nodes as the above does
-# Where p̂ = p̂(parent), as when all are right or all wrong, η₁ = -1/β: confident steps grow rarer.
+#   H(s|a*,v) = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   the mean of 1 - π(s) over s ~ π(s|a*,v), by Bayes
+#   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/B Σ_b η₁ η₂, which ranks nodes as the above does
+# The second is a cross-entropy: the Gini entropy itself would have 1 - π(s|a*,v) in its mean.
+# Where p̂(a*|s) = p̂(a*|v), as when all are right, η₁ = -1/β: less confident nodes score higher.
 
 def information_gain(node, beta):
-    """Return η₁(s). Where the parent never led to a right answer the ratio counts as 1. [O]"""
+    """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
     ratio = 1.0
     if node.parent.value > 0:
         ratio = node.value / node.parent.value
@@ -320,7 +327,7 @@ def information_gain(node, beta):
 def ib_score(node, beta):
     """Return J_IB of a node with children.
 
-    A child counts as often as it was drawn here, not when a trajectory went on from below it.
+    A child counts once per trajectory that drew it here, not for those continued from below it.
     """
     B = sum(s.drawn for s in node.children)
     return (1 + beta) / B * sum(s.drawn * information_gain(s, beta) * s.confidence
@@ -333,11 +340,12 @@ def ib_covariance(node, beta):
     return torch.cov(eta.T, correction=0, fweights=drawn)[0, 1].item()
 
 def select_nodes(root, k, sampler, config, rng):
-    """Return the k nodes to branch from, of those with children and room; too few are repeated.
+    """Return the k nodes to branch from; a node must have children, and room for more tokens.
 
-    `ib` takes the highest J_IB, `random` any, as RandTree. [P]
-    `entropy`: before the step with the highest H_t; EPTree forks at the token of highest -ln π. [O]
-    `fixed`: each place once, from the root down; TreePO cuts by length. [O]
+    `ib` takes those of highest J_IB, `random` any, as RandTree. [P]
+    `entropy` takes those before the step of highest H_t (EPTree: at the token of highest -ln π),
+    `fixed` goes from the root down (TreePO: by length); both take unbranched nodes first. [O]
+    If there are fewer than k, they are repeated.
     """
     nodes = [n for n in root.walk() if n.children and n.end < config.max_new_tokens]
     if sampler == "ib":
@@ -355,31 +363,26 @@ def select_nodes(root, k, sampler, config, rng):
 #   A_IB(s) = η₁(s) η₂(s)                                                          [P]
 #             the paper has π_ref in η₂; here it is the policy that sampled        [O]
 #   A(s) = A_GL(s) + λ A_IB(s)                                                     [P]
-# λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward λ for information gain, and a
-# price λ/β on confidence, which is 0.02 for the paper's λ = 0.1 and β = 5. [O]
-# Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s): at ratio 1 A_GL
-# on the tree is GRPO on its trajectories. These are no independent draws of the policy: prefixes
-# chosen by outcome are over-represented, which biases p̂ slightly. [O]
+# λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
+# a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. [O]
+# Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So at ratio 1,
+# A_GL on the tree is GRPO on its trajectories. But these are not independent draws of the policy:
+# prefixes chosen by outcome are over-represented, which biases p̂ slightly. [O]
 
-def step_advantage(step, root, config):
+def step_advantage(node, root, config):
     """Return A(s) of the kind that config.advantage names.
 
-    `grpo` is A_GL but for the 1e-4. `treerl` is the advantage of TreeRL [arXiv 2506.11902].
+    `grpo` is A_GL with GRPO's std + 1e-4. `treerl` is TreeRL's advantage [arXiv 2506.11902].
     """
-    from_root = step.value - root.value
+    gain = node.value - root.value
     std = math.sqrt(root.value * (1 - root.value))  # of the G rewards, because each is 0 or 1
-    if config.advantage == "treerl":
-        from_parent = step.value - step.parent.value
-        return (from_root + from_parent) / math.sqrt(step.visits)
     if config.advantage == "grpo":
-        return from_root / (std + 1e-4)
-    from_bottleneck = information_gain(step, config.beta) * step.confidence  # A_IB
-    if config.advantage == "ib":
-        return from_bottleneck
-    from_root = from_root / max(std, 1e-9)  # A_GL
-    if config.advantage == "gl":
-        return from_root
-    return from_root + config.lam * from_bottleneck
+        return gain / (std + 1e-4)
+    if config.advantage == "treerl":
+        return (gain + node.value - node.parent.value) / math.sqrt(node.visits)
+    a_gl = gain / max(std, 1e-9)  # A_GL
+    a_ib = information_gain(node, config.beta) * node.confidence  # A_IB
+    return {"gl": a_gl, "ib": a_ib, "gl+ib": a_gl + config.lam * a_ib}[config.advantage]
 
 def step_advantages(root, config):
     """Return {step: A(s)} of a tree."""
@@ -387,25 +390,26 @@ def step_advantages(root, config):
 
 # ==== Update on packed trees
 #   L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over the tokens of all G trajectories  [P]
-#       the mean is over all these tokens, and r_t is at most 3                            [O]
-# A step that trajectories share is run once: the tree lies depth-first in one sequence, a token
-# sees its ancestors and itself, its position is its depth, and its weight in the mean is the
-# number of trajectories through it. The gradient is that of G separate rows. [O]
+#       every token has the same weight; r_t is bounded by 3 where A < 0                   [O]
+# Steps that trajectories share are run once. The tree lies depth-first in one sequence: a token
+# sees its ancestors and itself, its position is its depth, and its weight in the mean is the number
+# of trajectories through it. The gradient is that of G separate rows with the advantages A(s). [O]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """Return -mean_t min(min(r_t, 3) A, clip(r_t, 1 - clip_low, 1 + clip_high) A), and statistics.
+    """Return L without the self-reward, and statistics: the mean ratio, the share of tokens cut.
 
-    r_t = π / π_old. logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or weights of
-    tokens. The clip is PPO's, as GRPO has it. Where A < 0 it does not bound r_t, so the dual clip
-    does [arXiv 1912.09729]. The statistics are the mean ratio and the share of tokens cut.
+    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or the weights of tokens. PPO's
+    clip leaves r_t unbounded where A < 0; there the dual clip bounds it [arXiv 1912.09729]. A token
+    is cut where a bound takes its gradient.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
-    too_high = (advantages > 0) & (ratio > 1 + config.clip_high) | (advantages < 0) & (ratio > 3.0)
-    cut = too_high | (advantages < 0) & (ratio < 1 - config.clip_low)
+    too_far_up = (advantages > 0) & (ratio > 1 + config.clip_high)
+    too_far_down = (advantages < 0) & ((ratio < 1 - config.clip_low) | (ratio > 3.0))
+    cut = too_far_up | too_far_down
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
@@ -448,7 +452,7 @@ def tree_logps(model, packs):
     ids = pad([pack["input_ids"] for pack in packs]).to(DEVICE)
     previous = pad([pack["previous"] for pack in packs]).to(DEVICE)
     weights = pad([pack["weights"] for pack in packs]).to(DEVICE)
-    mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)  # padding sees itself
+    mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)  # else padding is NaN
     for square, pack in zip(mask, packs):
         S = len(pack["input_ids"])
         square[:S, :S] = pack["attention_mask"]
@@ -457,7 +461,7 @@ def tree_logps(model, packs):
         states = model.base_model(input_ids=ids, attention_mask=mask[:, None], use_cache=False,
                                   position_ids=mask.sum(-1) - 1).last_hidden_state
         row, column = (weights > 0).nonzero(as_tuple=True)
-        logp, _ = score(model, states[row, previous[row, column]], ids[row, column])
+        logp, _ = head_logps(model, states[row, previous[row, column]], ids[row, column])
     zeros = torch.zeros(ids.shape, device=DEVICE)
     return zeros.index_put((row, column), logp), weights
 
@@ -466,10 +470,10 @@ def k3(logp, reference):
     return (reference - logp).exp() - 1 - (reference - logp)
 
 def trees_loss(model, packs, config, reference):
-    """Return L of some packed trees, a mean over their trajectories' tokens, and other means.
+    """Return L of packed trees, a mean over the tokens of their trajectories, and other means.
 
-    `sampling_gap` is |ln π - ln π_old|. Before a batch's first optimizer step it is only
-    arithmetic, or else a fault.
+    `sampling_gap` is |ln π - ln π_old|. Before a batch's first optimizer step it is rounding noise,
+    or a bug.
     """
     logp, weights = tree_logps(model, packs)  # [B, S]
     old = pad([pack["logps"] for pack in packs]).to(DEVICE)
@@ -486,7 +490,7 @@ def trees_loss(model, packs, config, reference):
 def update_on_trees(model, optimizer, roots, config, reference=None):
     """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
 
-    Trees without advantage count in the mean, but are run only for the KL.
+    Trees whose advantages are all 0 count in the mean, but are run only if there is a KL.
     """
     packs = [pack_tree(root, step_advantages(root, config)) for root in roots]
     sums = Counter(loss=0, tokens_trained=0, tokens_unique=0)
@@ -514,20 +518,20 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
 
 def training_step(model, tokenizer, optimizer, reference, problems, config, step):
     """Do one step of the method; return its line of metrics.jsonl."""
-    # 1. random numbers of the step's own, so that a resumed run has the very same ones
+    # Seeded by the step alone, so that a resumed run draws the same numbers
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62) + RANK)
     began = time.time()
 
-    # 2. grow a tree for each prompt
+    # 1 to 3: grow a tree for each prompt
     batch = rng.sample(problems, min(config.prompts_per_step, len(problems)))
     roots, trajectories = grow(model, tokenizer, shard(batch), config, rng)
 
-    # 3. advantages of their steps, and the policy gradient
+    # 4 and 5: advantages of the steps, and the update
     grown = time.time()
     stats = update_on_trees(model, optimizer, list(roots.values()), config, reference)
 
-    # 4. log
+    # Log
     if step % 10 == 0:
         print_response(trajectories[0])
     nodes = [node for root in roots.values() for node in root.walk() if node.children]
@@ -539,7 +543,7 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
 
 # ==== The run
 
-def start(config):
+def set_up(config):
     """Return what a run works with: policy, problems, optimizer, and its state so far."""
     run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
     print_machine()
@@ -553,7 +557,7 @@ def start(config):
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
     if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # a frozen reference is the policy that was just loaded
+        run.parts["extra"] = run.extra  # not a frozen reference: that is the model as loaded
     if (run.folder / "state.pt").exists():
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -563,7 +567,7 @@ def start(config):
 
 def train(config):
     """Evaluate, train until the budget is spent, evaluate again; return the summary."""
-    run = start(config)
+    run = set_up(config)
     model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
     tokens = sum(line["tokens_sampled"] for line in log)
     began, done_before = time.time(), share_done(len(log), tokens, config)
@@ -594,13 +598,12 @@ def train(config):
     return summary
 
 
-# ====
-# What only IB-TPO needs
+# ==== What only IB-TPO needs
 
 def prepare(model, config):
-    """Return the reference policy of the KL, or an empty list without one.
+    """Return the reference policy of the KL, or an empty list if there is no KL.
 
-    Ends the program in one line where the model would not mind the mask of a tree.
+    Ends the program in one line if the model would not respect the attention mask of a tree.
     """
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(model.config, "sliding_window", None):
@@ -610,14 +613,14 @@ def prepare(model, config):
     return copy.deepcopy(model).requires_grad_(False)
 
 def check_policy(model, tokenizer, reference, problems, config):
-    """Hold ln π as it was recorded while sampling against a row alone and a packed tree. [O]
+    """Compare ln π as recorded while sampling with a plain pass of the row and a packed tree. [O]
 
-    Ends the program in one line for models that see more than a tree's mask and positions tell
-    them, as those with ALiBi or local attention do: their update would be silently wrong.
+    Ends the program in one line for models that do not take positions and mask as given, such as
+    those with ALiBi or local attention: their updates would be silently wrong.
     """
     torch.manual_seed(config.seed)
-    ordered = sorted(problems, key=len)  # of the shortest and the longest prompts, for padding
-    few = shard((ordered[:2] + ordered[-2:]) * WORLD)
+    ordered = sorted(problems, key=len)  # two short and two long prompts, so that there is padding
+    few = [replace(t, group=i) for i, t in enumerate(ordered[:2] + ordered[-2:])]
     small = replace(config, tree=[2, 2, 1, 1], sampler="random",
                     max_new_tokens=min(CHECK_TOKENS, config.max_new_tokens))
     roots, trajectories = grow(model, tokenizer, few, small, random.Random(config.seed))
@@ -644,7 +647,7 @@ def show(config):
     roots, _ = grow(model, tokenizer, [problem], config, random.Random(config.seed))
     root = roots[0]
     A = step_advantages(root, config)
-    print(f"{problem.question}  answer {problem.gold}; visits, p̂, and of a step π, A, of a node J")
+    print(f"{problem.question}  answer {problem.gold}\nvisits, p̂; π, A of a step; J of a node")
     for node in root.walk():
         line = f"{node.visits:3} {node.value:.2f}"
         if node.parent:
@@ -656,7 +659,7 @@ def show(config):
     return root
 
 
-# ==== Supporting code, which any such script needs: the same words in both
+# ==== Supporting code: the same in both scripts, but for --probe_heads in `main`
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -665,8 +668,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Cards before Ampere, such as Colab's T4, only emulate bf16, which is slow: they compute in fp32.
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
-CHECK_TOKENS = 128  # of a response of the self-check
-HUB = {  # repository:configuration on the hub, and where the columns were seen
+CHECK_TOKENS = 128  # the longest response of the self-check
+HUB = {  # repository:configuration on the hub; its columns [who uses them]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -683,10 +686,10 @@ progress = functools.partial(tqdm, delay=5, mininterval=0.1 if sys.stderr.isatty
                              leave=False, disable=RANK > 0)
 
 def visible_mask(*args, **kwargs):
-    """Return transformers' attention mask, in which a column that would see nothing sees all.
+    """Return transformers' attention mask, in which a query that would see nothing sees all keys.
 
-    Columns of left padding see only padding, which is masked. CUDA answers NaN there, and the NaN
-    spreads to the tokens in the next layer [transformers#47651]. What padding sees has no effect.
+    Queries at left padding see only padding, which is masked. CUDA answers NaN there, and by the
+    next layer the NaN reaches real tokens [transformers#47651]. What padding sees has no effect.
     """
     mask = sdpa_mask(*args, **kwargs)  # [B, 1, Q, K], or None where it is merely causal
     return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
@@ -731,11 +734,11 @@ def token_entropy(logits):
     return -(logp.exp() * logp).sum(-1)
 
 def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
-    """Return each trajectory of `prefixes`, a prompt or the beginning of a response, continued.
+    """Continue each of `prefixes`, a problem with an empty or a begun response; keep their order.
 
-    Tokens are drawn at temperature 1 without truncation [O], because ln π_old must be that of the
-    distribution which was sampled from. steer(rows, column) returns a context manager that steers
-    these rows behind that column.
+    Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
+    they were drawn with. [O] steer(rows, column) returns a context manager that steers these rows
+    from that column on.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
@@ -765,10 +768,10 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     bar.close()
     return results
 
-def score(model, states, targets):
+def head_logps(model, states, targets):
     """Return ln π of the tokens `targets` [N] at hidden states [N, H], and H_t there: [2, N].
 
-    Logits are made in chunks, and made again in the backward pass. All at once are gigabytes.
+    Logits are made in chunks, and again in the backward pass: all at once they take gigabytes.
     """
     def score_chunk(states, targets):
         logits = model.get_output_embeddings()(states).float()  # [n, V]
@@ -783,15 +786,17 @@ def score(model, states, targets):
 def recompute_layers(model, config):
     """Let layers that run in the block keep only their input, if `config.recompute` is set.
 
-    The backward pass runs them again. transformers offers the same in training mode only, where
-    dropout would make other log-probabilities than those that were sampled.
+    The backward pass then runs them again. transformers offers this only in training mode, where
+    dropout would change ln π.
     """
     layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
     for layer in layers if config.recompute else []:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    yield
-    for layer in layers:
-        vars(layer).pop("forward", None)  # what is left is the method of its class
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)  # what is left is the method of its class
 
 def full_precision(head, states):
     """Return the logits of an output layer in fp32, also where the rest of the model is in bf16.
@@ -810,7 +815,7 @@ def row_logps(model, t):
     return logits.log_softmax(-1).gather(1, ids[0, begin:, None])[:, 0].cpu()
 
 def report_gaps(gaps):
-    """Print differences in ln π between sampling and training, {what: [N]}; stop at a large one.
+    """Print the largest of each kind of gap in ln π, {kind: [N]}; end the program if one is large.
 
     In fp32 arithmetic explains less than 0.001 nats, and the smallest fault that was seen made
     0.07. In bf16 the noise of a token is 0.02, at most 0.2 among hundreds, and wrong masks or
@@ -825,9 +830,9 @@ def report_gaps(gaps):
              f"{bound}: the script does not fit this model or this release of transformers")
 
 def micro_batches(lengths, tokens):
-    """Group indices of like lengths so that a group's size x its longest is at most `tokens`.
+    """Group indices of similar lengths so that a group's size x its longest is at most `tokens`.
 
-    An item that is longer than that is a group of its own. [5, 9, 4] by 10 -> [[1], [0, 2]].
+    A longer item is a group of its own. micro_batches([5, 9, 4], 10) -> [[1], [0, 2]]
     """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -838,20 +843,20 @@ def micro_batches(lengths, tokens):
     return batches
 
 def take_step(model, optimizer, config):
-    """Take an optimizer step by the gradients of all processes; return their norm unclipped."""
+    """Take an optimizer step by all processes' gradients; return their norm before clipping."""
     for p in model.parameters():
         if WORLD > 1:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if not math.isfinite(norm):
-        fail("the gradient is not finite, --resume will not help: begin anew with a lower --lr")
+        fail("the gradient is not finite: start again with a lower --lr (--resume would repeat it)")
     optimizer.step()
     optimizer.zero_grad()
     return norm
 
 def add_means(sums, means, tokens):
-    """Add the means over so many tokens of a micro-batch, times these, to the sums."""
+    """Add a micro-batch's means, weighted by its number of tokens, to the running sums."""
     for name, value in means.items():
         sums[name] += value.item() * tokens
     sums["tokens_trained"] += tokens
@@ -865,7 +870,6 @@ def total_means(sums):
     for name in total:
         if name != "loss" and not name.startswith("tokens"):
             total[name] /= max(1, total["tokens_trained"])
-    total["sampling_gap"] = total.get("sampling_gap", 0) / (total.pop("bare", 1) or 1)
     return total
 
 def gather(items):
@@ -887,7 +891,7 @@ def load_policy(config):
     name = config.model
     if name == "tiny":
         name = warm_start(config)
-        gather([])  # the other processes wait for the first
+        gather([])  # a barrier: the other processes wait for the first
     elif name.startswith("Qwen") and not Path(name).exists():
         name = "Qwen/" + name.removeprefix("Qwen/")
     try:
@@ -900,7 +904,7 @@ def load_policy(config):
     eos = end_tokens(model, tokenizer)
     if not eos:
         fail(f"{name} has no end-of-sequence token: no response would ever end")
-    # A model's own defaults (top-k 20, ...) would bend the distribution that ln π is taken of.
+    # A model's own defaults (top-k 20, ...) would make sampling differ from the recorded ln π.
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=eos[0])
     head = model.get_output_embeddings()
     with torch.no_grad():
@@ -911,7 +915,7 @@ def load_policy(config):
     return model.eval(), tokenizer  # dropout would make other log-probabilities in training
 
 def with_cause(error):
-    """Return an exception's message with that of the one that it began with, if that is another."""
+    """Return an exception's message, and the first cause in its chain if it has one."""
     cause = error
     while cause.__cause__ or cause.__context__:
         cause = cause.__cause__ or cause.__context__
@@ -925,7 +929,7 @@ def end_tokens(model, tokenizer):
     if type(eos) is not list:  # many chat models have several
         eos = [] if eos is None else [eos]
     if tokenizer.chat_template:
-        # What ends a turn ends a response, also that of a base model with a chat template.
+        # The token that ends a chat turn ends a response, too, even if only the template names it.
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         rest = apply_template(tokenizer, turns, tokenize=False).rpartition("!")[2]
         ids = tokenizer(rest, add_special_tokens=False).input_ids
@@ -935,8 +939,8 @@ def end_tokens(model, tokenizer):
 def apply_template(tokenizer, messages, **options):
     """Return what the chat template makes of messages, [{"role": ..., "content": ...}, ...].
 
-    Templates that print the date get the same one always, so that a run which is resumed on another
-    day has the same prompts. Qwen3's thoughts, which a response would be too short for, are off.
+    Templates that print the date always get the same one: a run resumed on another day must have
+    the same prompts. Qwen3's thinking is off, because it would not fit into a response.
     """
     date = "{% macro strftime_now(form) %}01 Jan 2026{% endmacro %}"
     try:
@@ -949,8 +953,8 @@ def apply_template(tokenizer, messages, **options):
 def load_problems(config):
     """Return the problems to train on and the held-out ones, two lists of (question, gold).
 
-    Held out are `eval_prompts` problems of `eval_dataset`, else of the data set's own test split,
-    else its last ones, at most half. Ends the program in one line where they cannot be loaded.
+    Held-out problems: `eval_prompts` of `eval_dataset`, else of the data set's test split, else the
+    last ones of its training split, at most half. Ends the program in one line if loading fails.
     """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
@@ -972,7 +976,7 @@ def load_problems(config):
             split = train.train_test_split(min(n, len(train) // 2), shuffle=False)
             train, test = split["train"], split["test"]
         heldout = read_rows(test, name)[:n]
-        known = dict(heldout)
+        known = dict(heldout)  # a question that is in both is not trained on
         train = [pair for pair in read_rows(train, config.dataset) if pair[0] not in known]
     except Exception as e:  # whatever a hub, a network or a parser raises
         fail(f"cannot load the dataset {name}: {with_cause(e)}")
@@ -1027,9 +1031,9 @@ def question_of(columns):
                   r"\n\nRemember to put your answer on its own line .*$", "", question)
 
 def gold_of(columns):
-    """Return the final answer of a row; None for what no response could meet.
+    """Return the final answer of a row, or None if no response could ever match it.
 
-    A list of one answer is that answer. Other lists, dictionaries, dates and NaN are no answers.
+    A list of one answer is that answer. Longer lists, dictionaries, dates and NaN give None.
     """
     nested = columns.get("reward_model")
     truth = nested.get("ground_truth") if type(nested) is dict else None
@@ -1059,9 +1063,9 @@ def encode(pairs, model, tokenizer, config):
         fail(f"the longest prompt and max_new_tokens make {longest} tokens, too many for the model")
     return problems
 
-# The tiny task: for "3+4*2=" a response does one operator a line, modulo 10, and ends with the
-# answer: "3+8\n1\n#1". Demonstrations have each line right, but by habit do the leftmost operator:
-# so the policy knows arithmetic, and seldom tries the order that precedence asks for.
+# The tiny task: a response to "3+4*2=" reduces one operator per line, modulo 10, and ends with the
+# answer: "3+8\n1\n#1". Every line of a demonstration is correct arithmetic, but most reduce the
+# leftmost operator, by habit. So the policy knows arithmetic, but seldom follows precedence.
 
 def reduce_at(expression, i):
     """Return the expression with the operator at index i done modulo 10: ("3+4*2", 3) -> "3+8"."""
@@ -1077,10 +1081,10 @@ def chain_value(question):
     return expression
 
 def is_sound(question, text):
-    """Return whether each line is one valid reduction of the line before, from question to answer.
+    """Return whether each line is a valid reduction of the one before, from question to answer.
 
-    A reduction is valid where it leaves the value as it was. Of "3+4*2=" the only sound response is
-    "3+8\\n1\\n#1". "#1" alone is right by luck.
+    A reduction is valid if it keeps the value. "3+8\\n1\\n#1" is the only sound response to
+    "3+4*2="; "#1" alone is right, but not sound.
     """
     expression = question.rstrip("=")
     *lines, answer = text.split("\n")
@@ -1092,7 +1096,7 @@ def is_sound(question, text):
     return answer == "#" + expression
 
 def demonstration(question, rng, habit):
-    """Return a response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
+    """Return a response whose lines reduce the leftmost operator at rate `habit`, else any one."""
     expression, response = question.rstrip("="), ""
     while len(expression) > 1:
         at = 1
@@ -1103,7 +1107,7 @@ def demonstration(question, rng, habit):
     return response + "#" + expression
 
 def chain_questions(rng, operands, heldout, n):
-    """Return n different questions. One in sixteen, by its checksum, is held out."""
+    """Return n different questions; those held out are the ones whose checksum divides by 16."""
     found = {}
     for _ in range(32 * n + 10_000):
         question = str(rng.randrange(10))
@@ -1128,7 +1132,7 @@ def warm_start(config):
     low, high = config.operands
     shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True)
-    # it is made once for each recipe, of which its name has a checksum
+    # Made once per recipe: the folder's name holds a checksum of it
     recipe = [config.habit, config.operands, config.warm_steps, config.prompt, shape]
     folder = Path(f"runs/warm_start-{zlib.crc32(json.dumps(recipe).encode()):08x}")
     if RANK > 0 or folder.exists():
@@ -1141,13 +1145,13 @@ def warm_start(config):
         **shape)).to(DEVICE)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    muon = torch.optim.Muon(matrices, weight_decay=0.0)  # takes half the steps of AdamW here
+    muon = torch.optim.Muon(matrices, weight_decay=0.0)  # needs half as many steps as AdamW here
     adam = torch.optim.AdamW(others, weight_decay=0.0)
     for step in progress(range(config.warm_steps), "warm start"):
         digits = rng.randint(low, high)  # one length a batch: nothing to pad
         questions = chain_questions(rng, [digits, digits], False, 64)
         pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
-        problems = encode(pairs, model, tokenizer, config)  # whose `gold` is a demonstration
+        problems = encode(pairs, model, tokenizer, config)  # their `gold` is a whole demonstration
         ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + [1] for t in problems])
         labels = ids.clone()
         labels[:, :len(problems[0].prompt)] = -100
@@ -1170,11 +1174,11 @@ def assign_rewards(trajectories, config):
     for t in trajectories:
         answer = extract_answer(t.text)
         if config.dataset == "chain":
-            t.reward = float(answer == t.gold)  # a digit: an expression of its value is no answer
+            t.reward = float(answer == t.gold)  # the digit itself, no expression of equal value
         else:
             t.reward = float(verify(answer, t.gold))
 
-MAX_LENGTH = 300  # characters; a longer answer is wrong, which bounds every stage below [O]
+MAX_LENGTH = 300  # characters; a longer answer is wrong, so that parsing takes little time [O]
 REALS = mpmath.mp.clone()
 REALS.dps = 300  # digits that are calculated; 200 of them are compared [O]
 
@@ -1249,7 +1253,10 @@ def operand(tokens):
     return REALS.mpf(re.match("[.0-9].*|", token)[0])  # ValueError where it is no number
 
 def expression(tokens, least=1):
-    """Take off `tokens` what binds at `least` so tightly: of 2*3+1 all at 1, but 2*3 at 2."""
+    """Take an expression off `tokens`, up to the first operator that binds less than `least`.
+
+    Of 2*3+1 that is all of it at 1, and 2*3 at 2.
+    """
     value = operand(tokens)
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
@@ -1269,7 +1276,7 @@ def split_list(text):
 
 @functools.lru_cache(maxsize=8192)
 def value_of(text):
-    r"""Return a canonical text: "(1,\frac12)" -> "(1.0,0.5)", "No answer" -> "no answer"."""
+    r"""Return an answer in a form to compare: "(1,\frac12)" -> "(1.0,0.5)", "No" -> "no"."""
     parts = split_list(text[1:-1])
     if len(parts) > 1 and text[0] in "([" and text[-1] in ")]":
         return text[0] + ",".join(map(value_of, parts)) + text[-1]
@@ -1283,7 +1290,10 @@ def value_of(text):
     return words.lower() if re.fullmatch("[A-Za-z]{2,}|[A-Za-z]+( [A-Za-z]+)+", words) else words
 
 def read(text, hundredths):
-    r"""Return values, names and units: "x=5 cm" -> (["5.0"], [("x", "5.0")], ["cm"])."""
+    r"""Return an answer's values, names and units: "x=5 cm" -> (["5.0"], [("x", "5.0")], ["cm"]).
+
+    A percentage counts as hundredths if `hundredths` is set, else as its number.
+    """
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
     values, names, units = [], [], set()
@@ -1313,7 +1323,7 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 def distinct_n(texts, n):
-    """Return the share of different ones among all n-grams of words of the texts; 0 without any."""
+    """Return how many of the texts' word n-grams are different, as a share of all; 0 if none."""
     grams = []
     for text in texts:
         words = text.split()
@@ -1321,10 +1331,11 @@ def distinct_n(texts, n):
     return len(set(grams)) / max(1, len(grams))
 
 def problem_metrics(responses, config):
-    """Return the metrics of one problem, of whose k responses each has its reward.
+    """Return the metrics of a problem's k responses, whose rewards are set.
 
-    pass@n is the chance that one of n responses is right, maj@k whether the answer that most of
-    them have is. Distinct-n is of all responses, distinct_correct counts different right ones.
+    pass@n: the chance that at least one of n responses is right; sound@n likewise. maj@k: whether
+    the most frequent answer is right. distinct_1, distinct_4: over all responses. distinct_correct:
+    how many different right responses there are.
     """
     k = len(responses)
     right = [t.text for t in responses if t.reward]
@@ -1391,7 +1402,7 @@ def fail(message):
 def parse_config(script, argv):
     """Return a Config from flags, which win over a YAML file, which wins over the defaults.
 
-    Of the file count the sections `common` and `script`. Ends the program in one line at a mistake.
+    Only the sections `common` and `script` of the file are read. Ends the program at a mistake.
     """
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="YAML file (tiny_config.yaml without --model); flags win")
@@ -1408,19 +1419,19 @@ def parse_config(script, argv):
             values = value if isinstance(value, list) else [value]
             argv = [f"--{name}", *map(str, values)] + argv
     config = parser.parse_args(argv, Config())
-    for setting in fields(config):
-        low, _, high = setting.metadata.get("metavar", "").partition("..")
-        value = getattr(config, setting.name)
+    for option in fields(config):
+        low, _, high = option.metadata.get("metavar", "").partition("..")
+        value = getattr(config, option.name)
         for number in value if isinstance(value, list) else [value]:
-            if low and not float(low) <= number <= float(high or 1e12):  # nan is not, either
-                fail(f"{setting.name} must be from {low} to {high or '1e12'}, not {number}")
+            if low and not float(low) <= number <= float(high or 1e12):  # also catches nan
+                fail(f"{option.name} must be from {low} to {high or '1e12'}, not {number}")
     config.check()
     return config
 
 def save_atomically(path, write):
-    """Let `write` make a file or folder beside `path`, then rename it: nobody meets half of one.
+    """Let `write` make a file or folder beside `path`, then rename it: it is never half written.
 
-    Ends the program in one line where the disk refuses, with what `path` held before intact.
+    Ends the program in one line if the disk refuses; what `path` held before is then still there.
     """
     if RANK > 0:
         return
@@ -1495,7 +1506,7 @@ def run_folder(config):
         fail(f"there is no run in {folder} to resume")
     if folder.exists() and not config.resume:
         fail(f"{folder} exists: choose another --out, or go on with --resume")
-    save_atomically(folder.parent / ".writable", Path.touch)  # fails now, if it must
+    save_atomically(folder.parent / ".writable", Path.touch)  # better now than after an hour
     (folder.parent / ".writable").unlink(missing_ok=True)
     return folder
 
@@ -1507,7 +1518,7 @@ def save_state(folder, state, parts):
 def print_machine():
     """Print which device and number format are used, and why a GPU may not be."""
     if DEVICE == "cuda":
-        numbers = "bf16 autocast over fp32 weights" if BF16 else "fp32, for the card has no bf16"
+        numbers = "bf16 autocast over fp32 weights" if BF16 else "fp32, as the card has no bf16"
         print(f"device: {torch.cuda.get_device_name()}, {numbers}", flush=True)
     else:
         hint = {"win32": "; pip's torch for Windows has no CUDA, pytorch.org has one with it",
@@ -1544,7 +1555,7 @@ def print_table(folder, summary):
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print(f"\nto compare: this with --method grpo --out {grpo.parent}, then this with --resume")
+        print(f"\nto compare: run --method grpo --out {grpo.parent}, then this again with --resume")
     print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
 
 def main(argv=None):
@@ -1568,7 +1579,7 @@ def main(argv=None):
         if training and (folder_of(config) / "state.pt").exists():
             print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
         elif training:
-            print("interrupted before the first checkpoint: begin anew", file=sys.stderr)
+            print("interrupted before the first checkpoint: start again", file=sys.stderr)
         raise
 
 if __name__ == "__main__":

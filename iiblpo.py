@@ -8,27 +8,29 @@
     python iiblpo.py --method grpo
     python iiblpo.py --model Qwen2.5-0.5B
 
-These train a tiny policy on a laptop, the same by a baseline, and a real model on one GPU. Every
-field of `Config` is a flag. A step of the method, `training_step`, is this:
+The first trains a tiny policy on a laptop, the second trains it by the GRPO baseline, the third
+trains a real model on one GPU. Every field of `Config` is a flag. A `training_step` does this:
 1. Sample M rollouts per prompt, and record the entropy H_t of each token: `sample`.
-2. Branch each rollout K times where the policy hesitates, each branch with its own latent that
-   enters by pseudo self-attention: `branch`, `LatentCVAE`, `PseudoSelfAttention`.
-3. Score each response by what it says about the answer, beyond what it takes from the prompt, and
-   keep a part of the branches by this score: `trajectory_ib_score`, `select_top_n`.
+2. Branch each rollout K times at a token where the policy was uncertain; each branch has its own
+   latent, which enters by pseudo self-attention: `branch`, `LatentCVAE`, `PseudoSelfAttention`.
+3. Score each response by what it tells about the answer, less what it carries over from the
+   prompt, and filter the branches by this score: `trajectory_ib_score`, `select_top_n`.
 4. Compare the rewards of all responses to the same prompt: `group_advantages`.
-5. Take a GRPO step of the policy without latents, with the IB self-reward: `update`.
+5. Update the policy, without latents, by GRPO's loss and the IB self-reward: `update`.
 
 The sections: Config and Trajectory; stage 1, branching; stage 2, the information bottleneck; the
 update; the training step; the run; what only I²B-LPO needs; supporting code, which is the same in
 both scripts: sampling and log-probabilities, the policy, problems, the tiny task, the verifier,
 evaluation, files. Read the supporting code when you meet it.
 
-Left out: vLLM, sharding, rewards other than right or wrong. Unlike in the released code, latents
-learn through the policy that they steer.
+Left out: vLLM, sharded models, rewards other than right or wrong. Unlike in the released code, the
+latents are trained through the policy that they steer.
 
 Marks: [P] the paper's abstract, figures and tables, [P, reported] what others report of its text,
-which we could not read, [C] the released code, [O] our own choice; others name their source.
-Shapes: B rows, T response tokens, V vocabulary, H width, Z latent dimensions. Nats throughout.
+which we could not read, [C] the released code, [O] our own choice; other marks name their source.
+Shapes: B rows, T response tokens, V vocabulary, H width (H_t and H(...) are entropies), Z latent
+dimensions, D width of a head, P longest prompt of a batch, Q and K columns of queries and keys.
+All information is in nats.
 """
 import contextlib
 import functools
@@ -64,17 +66,18 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under masks [pytorch#196678]
-os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # ask no service for a model's other format
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # do not ask the hub to convert weights
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
-huggingface_hub.utils.enable_progress_bars()  # those of downloads, which take longest
+huggingface_hub.utils.enable_progress_bars()  # for downloads, the one library step that takes long
 
 
 def setting(default, help, allowed=None):
-    """Return a field of `Config`: its default, its help, and the range of its numbers.
+    """Return a field of `Config`.
 
-    The range, such as "0..1" or "1..", stands behind the flag in --help, and is checked.
+    `allowed` is the range of its numbers, such as "0..1" or "1..": --help prints it after the flag
+    (it is argparse's `metavar`), and `parse_config` checks it.
     """
     metadata = {"metavar": allowed} if allowed else None
     if isinstance(default, list):
@@ -84,7 +87,7 @@ def setting(default, help, allowed=None):
 
 @dataclass
 class Config:
-    """Hold all settings: each is a flag, and may be a line of a YAML file.
+    """All settings. Each is a command-line flag, and can be set in a YAML file, too.
 
     The defaults are for a real model. tiny_config.yaml has those of the tiny policy.
     """
@@ -92,8 +95,8 @@ class Config:
     model: str = setting("tiny", "a name of the hub such as Qwen2.5-0.5B, a folder, or tiny")
     method: Literal["iiblpo", "grpo", "dapo", "entropy_reg"] = setting(
         "iiblpo", "the method, or a baseline")
-    max_steps: int = setting(200, "most training steps", "1..")
-    max_tokens: int = setting(0, "most tokens that are sampled (0: no limit)", "0..")
+    max_steps: int = setting(200, "largest number of training steps", "1..")
+    max_tokens: int = setting(0, "largest number of sampled tokens (0: no limit)", "0..")
     seed: int = setting(0, "seed of problems and sampling", "0..")
     out: str = setting("", "folder of the run (by default runs/METHOD-MODEL-SEED)")
     resume: bool = setting(False, "go on from the run's last checkpoint")
@@ -114,31 +117,31 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt; I²B-LPO spends the tokens of as many", "1..")
+    rollouts: int = setting(8, "responses per prompt; iiblpo may spend as many tokens", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of one `generate` call: rows x longest row", "1..")
     # Stage 1: branching
     initial: int = setting(2, "M: rollouts per prompt before branching", "1..")
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
-        "psa", "psa: each branch has a latent; random: the same places without latents")
+        "psa", "psa: each branch has a latent; random: branches at the same places, no latents")
     top_frac: float = setting(0.05, "rho: share of a response's tokens, those of highest entropy, "
                               "at which it may branch", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latent", "0..")
-    psa_halflife: float = setting(8.0, "tokens in which the change of the norms halves", "0..")
+    psa_halflife: float = setting(8.0, "tokens after which the shift of the norms halves", "0..")
     z_dim: int = setting(128, "dimensions of the latent", "1..")
     cvae_pairs: int = setting(512, "most continuations that the latents learn from", "1..")
     cvae_steps: int = setting(200, "training steps of the latents", "1..")
     # Stage 2: information bottleneck
-    keep: float = setting(0.75, "share of a prompt's branches of one reward that stay", "0..1")
+    keep: float = setting(0.75, "share kept of a prompt's right, and of its wrong branches", "0..1")
     beta: float = setting(1.0, "beta: weight of the answer term in S_IB", "0..")
-    ib_rounds: int = setting(1, "how often stages 1 and 2 are gone through", "1..")
+    ib_rounds: int = setting(1, "how many times stages 1 and 2 are run", "1..")
     kappa: float = setting(0.005, "kappa: weight of the self-reward", "0..")
     # Update
     lr: float = setting(1e-6, "learning rate of AdamW", "0..")
-    updates_per_step: int = setting(1, "minibatches per batch, with an optimizer step each; with 1 "
-                                    "only branches have ratios that can be clipped", "1..")
+    updates_per_step: int = setting(1, "minibatches per batch, one optimizer step each; with 1, "
+                                    "only the ratios of branches differ from 1", "1..")
     clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ...", "0..1")
     clip_high: float = setting(0.2, "... and to 1 + clip_high (dapo: 1.28)", "0..")
     entropy_bonus: float = setting(0.003, "entropy_reg: weight of the mean entropy", "0..")
@@ -148,14 +151,14 @@ class Config:
     # Evaluation
     eval_prompts: int = setting(256, "held-out problems", "1..")
     eval_samples: int = setting(16, "responses per held-out problem", "1..")
-    eval_every: int = setting(0, "steps between more evaluations (0: only before, after)", "0..")
+    eval_every: int = setting(0, "steps between evaluations (0: only before and after)", "0..")
 
     def check(self):
         """Set what the method implies; end the program where settings contradict each other."""
         if self.method == "dapo":
             self.clip_high = max(0.28, self.clip_high)  # clip-higher
         if self.method == "iiblpo" and self.rollouts <= self.initial:
-            fail("initial must be below rollouts: branches get the rest of them")
+            fail("initial must be below rollouts: the tokens of the others pay for the branches")
         if "{question}" not in self.prompt:
             fail("prompt must contain {question}")
         if len(self.operands) != 2 or self.operands[0] > self.operands[1]:
@@ -170,15 +173,15 @@ class Config:
 
 @dataclass(eq=False)
 class Trajectory:
-    """Hold a problem, and a response to it or the beginning of one."""
+    """A problem, with a response to it that is complete, cut off, only begun, or still empty."""
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
     group: int = 0  # which of the step's problems it is
-    response: list[int] = field(default_factory=list)  # T tokens, the last EOS unless cut
+    response: list[int] = field(default_factory=list)  # T tokens; the last is EOS unless cut off
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old(o_t), as it was sampled
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, likewise
-    start: int = 0  # where it left its parent (0: none): response[start:] are its own tokens
+    start: int = 0  # its own tokens are response[start:]; those before came with its prefix
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
@@ -199,14 +202,15 @@ class Trajectory:
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V],  norms w' = w + w_z        [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = γ W_K z,  v_z = γ W_V z,  w_z = γ 2^(-age/half-life) W_N z      [O]
-# The paper's figure and the released code keep o_t* in c. Here it is decided again, because H_t* is
-# the entropy of its choice. Responses are sampled without truncation; the code has top-p 0.9. [O]
+# The paper's figure and the released code keep o_t* in c. Here each branch draws o_t* anew, because
+# H_t* is the entropy of that choice. The released code samples with top-p 0.9, we do not. [O]
 
 def branch_positions(entropy, mask, top_frac, generator=None):
-    """Return t* of each response, [B], drawn from its positions of highest entropy; both: [B, T].
+    """Draw t* of each response from its positions of highest entropy; return them, [B].
 
-    Of n candidates these are the floor(ρ n) of highest entropy, at least one. EOS is a candidate,
-    the first token is not. [C] If a response has no candidate, t* = 0.
+    entropy, mask: [B, T]. Candidates are all positions in the mask but the first, that of EOS
+    included. [C] Of n candidates the floor(ρ n) of highest entropy, at least one, form Ω. A
+    response without candidates has t* = 0.
     """
     positions = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
@@ -218,9 +222,9 @@ def branch_positions(entropy, mask, top_frac, generator=None):
     return positions
 
 def prefixes_to_branch(parents, config):
-    """Return the prefix c = (q, o_<t*) of each response."""
+    """Draw t* of each response; return its prefix c = (q, o_<t*), from which a branch goes on."""
     entropy = pad([t.entropy for t in parents], padding_value=-1)
-    positions = branch_positions(entropy, entropy > -1, config.top_frac).tolist()
+    positions = branch_positions(entropy, entropy >= 0, config.top_frac).tolist()
     return [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], start=n,
                     is_branch=True) for t, n in zip(parents, positions)]
 
@@ -261,16 +265,17 @@ class LatentCVAE(torch.nn.Module):
 class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
-    It enters the last four layers, and its maps begin at std 0.01. [C]
-    The maps are linear, one per layer. The slot stands at RoPE position 0, where rotation does
-    nothing. A row's latent is `born` in the column whose state produces o_t*, and is seen by the
-    columns of age = column - born >= 0. [O] It takes attention at any γ > 0 and is gone at γ = 0.
-    The hooks stay on `model` but do nothing outside a `with psa.steer(...)` block.
+    It enters the last four layers, and its maps are initialised with std 0.01. [C]
+    Each layer has its own linear maps. The key k_z is not rotated, as if at RoPE position 0. A
+    latent acts from column `born` on, the one whose state predicts o_t*: only columns of
+    age = column - born >= 0 attend to it. [O]
+    As γ goes to 0 the slot still takes attention, as a key of zeros does; at γ = 0 there is none.
+    The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
 
     def __init__(self, model, config):
         super().__init__()
-        layers = model.base_model.layers[-config.psa_layers:]  # [-0:] is all of them
+        layers = model.base_model.layers[-config.psa_layers:]
         heads, head_dim = model.config.num_key_value_heads, layers[0].self_attn.head_dim
         self.shape = (len(layers), heads, 1, head_dim)
         width = len(layers) * model.config.hidden_size
@@ -287,7 +292,7 @@ class PseudoSelfAttention(torch.nn.Module):
         model.set_attn_implementation("psa")
         model.get_input_embeddings().register_forward_hook(self.count_columns)
         for i, layer in enumerate(layers):
-            layer.self_attn.psa = (self, i)  # in a tuple, so that it is no part of the policy
+            layer.self_attn.psa = (self, i)  # a tuple: torch would make a bare module a submodule
             layer.input_layernorm.register_forward_hook(functools.partial(self.modulate, i))
 
     @contextlib.contextmanager
@@ -301,7 +306,7 @@ class PseudoSelfAttention(torch.nn.Module):
         self.values = self.to_value(z).view(len(z), *self.shape)
         self.changes = self.to_norm(z).view(len(z), self.shape[0], 1, -1)
         self.born = born[:, None]
-        self.columns = 0  # that the model has run since the block began
+        self.columns = 0  # how many the model has run since the block began
         self.steering = self.gamma > 0
         try:
             yield
@@ -309,10 +314,10 @@ class PseudoSelfAttention(torch.nn.Module):
             self.steering = False
 
     def count_columns(self, embedding, args, output):
-        """Note, before the layers run, the ages [B, Q] of the Q columns whose tokens are embedded.
+        """Compute the ages [B, Q] of the Q columns that the model is about to run.
 
-        `generate` runs a prompt's columns first, and then one column per call. Counting them needs
-        no argument of the model, whose names change between releases of transformers.
+        `generate` runs the columns of the prompts in one call, and then one column per call. This
+        hook counts them itself: the arguments that would tell change with transformers' releases.
         """
         if self.steering:
             Q = output.shape[1]
@@ -345,12 +350,13 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 def latent_loss(model, latents, batch, prefix, continuation, above):
-    """Return the mean over rows of -Σ_t>=t* ln π(o_t | q, o_<t, z) + KL(q_φ || p_ψ) / 2, z ~ q_φ.
+    """Return the loss of the latents, the mean over rows of -ln π(continuation) + KL / 2.
 
-    prefix, continuation: [B, H]. Only the latent dimensions that are `above` [Z] the free nats are
-    penalised. Also return ln π of the rows [B] and the KL [Z]. The decoder is the frozen policy,
-    steered by z: latents that decode into a feature, as in the released code, were measured to do
-    nothing to what the policy says. The factor 1/2 and the free nats are ours, too. [O]
+    That is -Σ_t>=t* ln π(o_t | q, o_<t, z), z ~ q_φ, and KL(q_φ || p_ψ), of which only the latent
+    dimensions in `above` [Z] count. prefix, continuation: [B, H]. Also return ln π of the
+    continuations [B] and the KL of each dimension [Z]. The decoder is the frozen policy, steered
+    by z. The released code decodes z into a feature; we measured that such latents do not change
+    what the policy says. [O]
     """
     cvae, psa = latents
     prior, posterior = cvae.prior(prefix), cvae.posterior(prefix, continuation)
@@ -364,8 +370,8 @@ def latent_loss(model, latents, batch, prefix, continuation, above):
 def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     """Sample K branches from t* of every parent, each with a latent of its own. [P]
 
-    latents: (cvae, psa), or [] for the same places without latents. Branches are begun in turn over
-    the parents until `budget` tokens are spent, if each is as long as its parent. [O]
+    latents: (cvae, psa), or [] for branches without latents. Parents take turns, one branch each,
+    until branches as long as their parents would exceed `budget` tokens. [O]
     """
     prefixes = prefixes_to_branch(parents, config)
     affordable = []
@@ -377,18 +383,18 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
         return sample(model, tokenizer, affordable, config)
     cvae, psa = latents
     z = cvae.sample(features(model, prefixes, config)[0], config.branches)  # [B, K, Z]
-    z = z.transpose(0, 1).flatten(0, 1)[:len(affordable)]  # in the order of `affordable`
+    z = z.transpose(0, 1).flatten(0, 1)[:len(affordable)]  # branch 1 of all parents, branch 2, ...
     return sample(model, tokenizer, affordable, config, steer=steer_sampling(psa, z))
 
 def steer_sampling(psa, z):
-    """Return the `steer` of `sample` that gives row i the latent z[i], behind its prefix's end."""
+    """Return `sample`'s argument `steer`: row i gets z[i] from its prefix's last column on."""
     def steer(rows, column):
         return psa.steer(z[rows], torch.full((len(rows),), column, device=DEVICE))
 
     return steer
 
 def born_columns(batch):
-    """Return for each row the column of `last_states` whose state produces o_t*, [B]."""
+    """Return the columns [B] whose states predict o_t*, in the layout of `last_states`."""
     P = max(len(t.prompt) for t in batch)
     return torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)
 
@@ -396,14 +402,15 @@ def born_columns(batch):
 #   score         S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r               [P]
 #   answer term   Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|        [O]
 #   prompt term   Î(q; r) = Σ_t (h - H_t)                                             [O]
-#   filter        of the K branches of a rollout the N of highest S_IB stay           [P]
-#                 here: a contrast within each reward of a prompt, see select_top_n   [O]
+#   filter        of a rollout's K branches those N of highest S_IB stay              [P]
+#                 here it is by prompt and reward: see select_top_n                   [O]
 #   self-reward   S_IB itself                                                         [P]
-#                 its surrogate is κ mean_t(A H_t), A the advantage below             [C]
-# r̄ is r before its answer, cue the text that opens an answer, |a*| the answer's number of tokens.
-# Why Σ_t (h - H_t): I(q; r) = H(r) - H(r | q). H_t is a token's part of H(r | q), and h, the
-# entropy of the batch's token frequencies, its part of H(r), where the prompt is not known.
-# So long responses and loops (H_t = 0) cost most. The surrogate is IBRO's [arXiv 2507.18391].
+#                 in practice κ mean_t(A H_t), A the advantage below, as in IBRO      [C]
+# r̄ is r without its answer, cue the text that introduces an answer, |a*| the tokens of the answer.
+# Why Σ_t (h - H_t): I(q; r) = H(r) - H(r | q). H(r | q) is Σ_t H_t in expectation. H(r) is unknown;
+# h, the entropy of the batch's token frequencies, stands for it at each token. That is an upper
+# bound, so Î also counts what tokens tell of each other. Long responses and loops (H_t = 0) cost
+# most. IBRO: [arXiv 2507.18391].
 
 def cue_of(prompt):
     """Return the text that opens an answer, in the form that the prompt asks for."""
@@ -412,11 +419,11 @@ def cue_of(prompt):
     return "#### " if "####" in prompt else "#"
 
 def answer_probe(t, said, cue, tokenizer):
-    """Return a trajectory whose own tokens are those of the gold answer behind `said` and the cue.
+    """Return `said`, the cue and the gold answer as a trajectory; its own tokens are the answer's.
 
-    The whole text is tokenised together, because a tokenizer may have one token for the brace of
-    the cue and the first sign of the answer: "\\boxed{" and "\\frac12" meet in "{\\". The answer
-    begins where the ids depart from those of the text up to the cue.
+    The text is tokenised as a whole, because one token may hold the end of the cue and the start of
+    the answer: "\\boxed{" and "\\frac12" meet in "{\\". So the answer begins at the first token
+    that differs from those of `said` and the cue alone.
     """
     given = tokenizer(said + cue, add_special_tokens=False).input_ids
     whole = tokenizer(said + cue + t.gold, add_special_tokens=False).input_ids
@@ -424,9 +431,9 @@ def answer_probe(t, said, cue, tokenizer):
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
-    """Return Î(r; a*), [B], in nats per answer token, by the policy without latents.
+    """Return Î(r; a*), [B], in nats per answer token, under the policy without latents.
 
-    r̄, what a response says before its answer, ends where `find_answer` found that answer. [O]
+    r̄ is the text before the marker of the answer that `find_answer` found, or all of it. [O]
     """
     cue = cue_of(config.prompt)
     befores = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄
@@ -441,7 +448,8 @@ def answer_gain(model, tokenizer, trajectories, config):
 
 def frequency_entropy(trajectories):
     """Return h: the entropy of the frequencies of the tokens that the trajectories sampled."""
-    tokens = torch.cat([torch.tensor(t.response[t.start:]) for t in trajectories])
+    sampled = gather([t.response[t.start:] for t in trajectories])
+    tokens = torch.tensor(sum(sampled, []))
     p = tokens.unique(return_counts=True)[1] / len(tokens)
     return -(p * p.log()).sum().item()
 
@@ -452,16 +460,17 @@ def prompt_information(entropy, mask, h):
 def trajectory_ib_score(answer_gain, entropy, mask, groups, beta, h):
     """Return S_IB [B] of responses; answer_gain, groups: [B], entropy, mask: [B, T], h in nats.
 
-    Each term is standardised over a prompt's responses, so that beta = 1 weighs both alike. [O]
+    Each term is standardised over a prompt's responses: at beta = 1 both have the same weight. [O]
     """
     information = prompt_information(entropy, mask, h)
     return beta * group_advantages(answer_gain, groups) - group_advantages(information, groups)
 
 def select_top_n(candidates, keep):
-    """Return the candidates that the filter keeps, in order.
+    """Return the candidates that pass the filter, in their order.
 
-    Initial rollouts stay. Of a prompt's branches of one reward the share `keep` stays, rounded up:
-    of the right ones those of highest S_IB, of the wrong ones of lowest; at ties the shorter. [O]
+    All initial rollouts pass. Branches compete with those of the same prompt and reward, and the
+    share `keep` of them passes, rounded up: right ones of highest S_IB, wrong ones of lowest, so
+    that near misses are not trained against. The shorter one wins a tie. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
@@ -488,10 +497,11 @@ def set_scores(model, tokenizer, candidates, config):
         t.score = score
 
 def explore(model, tokenizer, latents, problems, config):
-    """Go through stages 1 and 2 with a batch of problems; return (all candidates, those kept).
+    """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
-    The candidates are expected to cost at most as many tokens as `rollouts` responses. [O]
-    What "iterative" means in the paper we could not find: `ib_rounds` branches what was kept. [O]
+    Branches have the tokens that `rollouts` responses would leave after the initial ones. [O]
+    We could not find out what "iterative" means in the paper. Here each of the `ib_rounds` rounds
+    branches what the last one kept. [O]
     """
     candidates = sample(model, tokenizer, problems * config.initial, config)
     kept = candidates
@@ -510,13 +520,14 @@ def explore(model, tokenizer, latents, problems, config):
 # ==== Update
 #   advantage  A = (R - mean) / (std + 1e-4)                                  [GRPO]
 #              mean, std over all candidates of a prompt, not only those kept  [O]
-#              times n/k: n candidates have reward R, k of them are kept       [O]
+#              times n/k: of n candidates of a prompt with reward R, k are kept   [O]
 #   ratio      r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)              [O]
 #   loss       L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)   [P]
 #              the bound of 3 is verl's dual clip                              [C]
 #              mean_t is over all own tokens, those of advantage 0 included    [O]
-# The ratio is the bare policy's probability over that of the steered one, which sampled. So it is a
-# token's importance weight, and the policy learns what latents find. In C π_old has no latent.
+# The ratio has the bare policy above and the policy that sampled, steered by z, below. So it is the
+# token's importance weight, and the bare policy learns what the latents found. In [C] π_old is
+# without the latent.
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -532,8 +543,8 @@ def group_advantages(rewards, groups, eps=1e-4):
 def set_advantages(candidates, kept):
     """Write advantages, relative to all candidates of a prompt, into the trajectories.
 
-    Those kept of a reward get the weight of all candidates that had it, because otherwise the
-    filter would change how much right and wrong responses count. [O]
+    The filter must not change how much right and wrong responses count: those kept are weighted up
+    to stand for all candidates of their prompt and reward. [O]
     """
     rewards = torch.tensor([t.reward for t in candidates])
     groups = torch.tensor([t.group for t in candidates])
@@ -545,28 +556,30 @@ def set_advantages(candidates, kept):
         t.advantage *= sampled[t.group, t.reward] / left[t.group, t.reward]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """Return -mean_t min(min(r_t, 3) A, clip(r_t, 1 - clip_low, 1 + clip_high) A), and statistics.
+    """Return L without the self-reward, and statistics: the mean ratio, the share of tokens cut.
 
-    r_t = π / π_old. logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or weights of
-    tokens. The clip is PPO's, as GRPO has it. Where A < 0 it does not bound r_t, so the dual clip
-    does [arXiv 1912.09729]. The statistics are the mean ratio and the share of tokens cut.
+    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or the weights of tokens. PPO's
+    clip leaves r_t unbounded where A < 0; there the dual clip bounds it [arXiv 1912.09729]. A token
+    is cut where a bound takes its gradient.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
-    too_high = (advantages > 0) & (ratio > 1 + config.clip_high) | (advantages < 0) & (ratio > 3.0)
-    cut = too_high | (advantages < 0) & (ratio < 1 - config.clip_low)
+    too_far_up = (advantages > 0) & (ratio > 1 + config.clip_high)
+    too_far_down = (advantages < 0) & ((ratio < 1 - config.clip_low) | (ratio > 3.0))
+    cut = too_far_up | too_far_down
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
 
 def responses_loss(model, batch, config):
-    """Return L of a micro-batch, a mean over its own tokens, and other means over them.
+    """Return L of a micro-batch, a mean over its own tokens, and more means over them.
 
-    `sampling_gap` becomes the mean of |ln π - ln π_old| over the `bare` tokens, which were sampled
-    without a latent. Before a batch's first optimizer step it is only arithmetic, or else a fault.
+    `sampling_gap` and `bare` are |ln π - ln π_old| on tokens sampled without a latent, and their
+    share; `update` divides one by the other. Before a batch's first optimizer step the gap is
+    rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -584,10 +597,10 @@ def responses_loss(model, batch, config):
 def update(model, optimizer, batch, config):
     """Take `updates_per_step` optimizer steps on a batch; return means over its tokens.
 
-    A branch is trained from t* on, because its prefix belongs to its parent. [C]
-    Responses of advantage 0 count in the mean, but are run only if their entropy is rewarded.
+    A branch is trained from t* on, because the tokens before are its parent's. [C]
+    Responses of advantage 0 count in the mean, but are only run where entropy has a bonus.
     """
-    sums = Counter(loss=0, tokens_trained=0)
+    sums = Counter(loss=0, tokens_trained=0, sampling_gap=0, bare=0)
     norm = 0.0
     for i in range(config.updates_per_step):
         part = batch[i::config.updates_per_step]
@@ -604,47 +617,53 @@ def update(model, optimizer, batch, config):
             add_means(sums, means, own_tokens(micro))
         if sum(gather([len(part)])) > 0:
             norm = take_step(model, optimizer, config)
-    return total_means(sums) | {"grad_norm": norm}
+    metrics = total_means(sums) | {"grad_norm": norm}
+    metrics["sampling_gap"] /= metrics.pop("bare") or 1  # over the tokens without a latent
+    return metrics
 
 # ==== The training step
 
 def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     """Do one step of the method or of a baseline; return its line of metrics.jsonl."""
-    # 1. random numbers of the step's own, so that a resumed run has the very same ones
+    # Seeded by the step alone, so that a resumed run draws the same numbers
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62) + RANK)
     shuffled = rng.sample(problems, len(problems))
     metrics = {}
 
-    # 2. before the first step the latents learn the policy's alternatives; then they are frozen
+    # Before the first step the latents are trained; after that they are frozen
     if latents and step == 0:
         metrics = train_latents(model, tokenizer, latents, shuffled, config)
 
-    # 3. roll out, branch where the policy hesitates, keep what is informative and short
+    # 1 to 4: sample, branch, score and filter, compare rewards
     began = time.time()
     if config.method == "iiblpo":
         batch = shard(shuffled[:config.prompts_per_step])
         candidates, kept = explore(model, tokenizer, latents, batch, config)
         set_advantages(candidates, kept)
     else:
-        candidates, kept = baseline_rollouts(model, tokenizer, shuffled, config)
-        set_advantages(candidates, candidates)  # none gets more weight for what dapo drops
+        if config.method == "dapo":
+            candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
+        else:
+            batch = shard(shuffled[:config.prompts_per_step])
+            candidates = kept = roll_out(model, tokenizer, batch, config)
+        set_advantages(candidates, candidates)  # no weighting up: dapo drops on purpose
 
-    # 4. policy gradient of the bare policy
+    # 5: update the policy without latents
     explored = time.time()
     metrics |= update(model, optimizer, kept, config)
 
-    # 5. log
+    # Log
     if step % 10 == 0:
         print_response(candidates[0])
     metrics |= {"rollout_s": explored - began, "update_s": time.time() - explored}
     metrics = rollout_metrics(candidates) | metrics
-    metrics["tokens_sampled"] += metrics.get("latent_tokens", 0)  # all tokens count
+    metrics["tokens_sampled"] += metrics.get("latent_tokens", 0)  # they count in the budget
     return metrics
 
 # ==== The run
 
-def start(config):
+def set_up(config):
     """Return what a run works with: policy, problems, optimizer, and its state so far."""
     run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
     print_machine()
@@ -658,7 +677,7 @@ def start(config):
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
     if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # a frozen reference is the policy that was just loaded
+        run.parts["extra"] = run.extra  # not a frozen reference: that is the model as loaded
     if (run.folder / "state.pt").exists():
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -668,7 +687,7 @@ def start(config):
 
 def train(config):
     """Evaluate, train until the budget is spent, evaluate again; return the summary."""
-    run = start(config)
+    run = set_up(config)
     model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
     tokens = sum(line["tokens_sampled"] for line in log)
     began, done_before = time.time(), share_done(len(log), tokens, config)
@@ -699,29 +718,28 @@ def train(config):
     return summary
 
 
-# ====
-# What only I²B-LPO needs
+# ==== What only I²B-LPO needs
 
 def prepare(model, config):
-    """Return the latents (cvae, psa), or an empty list for methods that have none.
+    """Return the latents (cvae, psa), or an empty list for methods that have none; set the seed.
 
-    Ends the program in one line where the model has no norms that a latent could change.
+    Ends the program in one line if the model has no RMSNorm for a latent to shift.
     """
     torch.manual_seed(config.seed)
     if config.method != "iiblpo" or config.branch_mode == "random":
         return torch.nn.ModuleList()
     norm = dict(model.base_model.named_modules()).get("layers.0.input_layernorm")
     if not hasattr(norm, "variance_epsilon"):
-        fail(f"latents need layers with RMSNorm (as of Qwen2, Qwen3 or Llama), which "
-             f"{type(model).__name__} has not; --branch_mode random and baselines take it")
+        fail(f"latents need RMSNorm layers (as in Qwen2, Qwen3 and Llama), which "
+             f"{type(model).__name__} does not have: use --branch_mode random or a baseline")
     cvae = LatentCVAE(model.config.hidden_size, config.z_dim)
     return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
 
 def alternatives(model, tokenizer, problems, config):
-    """Return what the latents learn from, and how many tokens were sampled for it. [O]
+    """Sample what the latents learn from; return it, and how many tokens were sampled for it. [O]
 
-    These are the policy's own alternatives: at t* of a rollout each of the four likeliest tokens
-    with p > 0.01 is gone on from, so that rare choices count as much as usual ones.
+    At t* of a rollout the policy had alternatives. The response is continued from each of the four
+    likeliest tokens with p > 0.01, so that rare choices count as much as common ones.
     """
     prefixes = []
     eos = model.generation_config.eos_token_id
@@ -733,21 +751,21 @@ def alternatives(model, tokenizer, problems, config):
         for token in p.topk(4).indices.tolist():
             goes_on = token not in eos and t.start + 1 < config.max_new_tokens
             if goes_on and p[token] > 0.01:
-                prefixes.append(replace(t, response=t.response + [token]))  # not in logps
+                prefixes.append(replace(t, response=t.response + [token]))  # logps stay one short
     pairs = sample(model, tokenizer, prefixes[:math.ceil(config.cvae_pairs / WORLD)], config)
     tokens = own_tokens(parents) + own_tokens(pairs)
     return [replace(t, start=t.start - 1) for t in pairs], tokens
 
 @torch.no_grad()
 def check_policy(model, tokenizer, latents, problems, config):
-    """Hold ln π as it was recorded while sampling against the passes of training, bare and steered.
+    """Compare ln π as recorded while sampling with the passes of training, bare and steered.
 
-    Ends the program in one line where they differ, or where latents change nothing. Random latents
-    of three times the usual size make that plain even before the latents are trained. [O]
+    Ends the program in one line if they differ, or if latents change nothing. The latents are not
+    trained yet: random ones of three times the usual size are used, to have a clear effect. [O]
     """
     torch.manual_seed(config.seed)
-    ordered = sorted(problems, key=len)  # of the shortest and the longest prompts, for padding
-    few = shard((ordered[:2] + ordered[-2:]) * WORLD)
+    ordered = sorted(problems, key=len)  # two short and two long prompts, so that there is padding
+    few = [replace(t, group=i) for i, t in enumerate(ordered[:2] + ordered[-2:])]
     short = replace(config, max_new_tokens=min(CHECK_TOKENS, config.max_new_tokens))
     batch = sample(model, tokenizer, few, short)
     logp, _, mask = token_logps(model, batch)
@@ -769,7 +787,8 @@ def check_policy(model, tokenizer, latents, problems, config):
     report_gaps(gaps)
 
 def train_latents(model, tokenizer, latents, problems, config):
-    """Train prior, posterior and PSA on the policy's alternatives; a report on the last batch."""
+    """Train prior, posterior and PSA on the policy's alternatives; report on the last micro-batch.
+    """
     cvae, psa = latents
     problems = shard(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
@@ -781,7 +800,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     model.requires_grad_(False)
     for _ in progress(range(config.cvae_steps), "training the latents"):
         drawn = torch.randperm(len(pairs))[:32]
-        with torch.no_grad():  # 0.5 nats a dimension are free, in the mean of all drawn
+        with torch.no_grad():  # free bits: a dimension's KL counts if its mean exceeds 0.5 nats
             posterior, prior = cvae.posterior(*states[:, drawn]), cvae.prior(states[0, drawn])
             above = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
         for rows in micro_batches([len(pairs[i]) for i in drawn], config.micro_tokens):
@@ -818,13 +837,13 @@ def last_states(model, batch):
     return states, ids, P
 
 def token_logps(model, batch):
-    """Return ln π(o_t) and H_t of trajectories' own tokens and the mask of these, three [B, T]."""
+    """Return ln π(o_t) and H_t of the own tokens, 0 elsewhere, and their mask, three [B, T]."""
     states, ids, P = last_states(model, batch)
     tokens = ids[:, P:]
     begin = torch.tensor([t.start for t in batch], device=DEVICE)[:, None]
     mask = (tokens >= 0) & (torch.arange(tokens.shape[1], device=DEVICE) >= begin)
     with autocast():
-        flat = score(model, states[:, P - 1:-1][mask], tokens[mask])
+        flat = head_logps(model, states[:, P - 1:-1][mask], tokens[mask])
     logp, entropy = torch.zeros(2, *mask.shape, device=DEVICE).masked_scatter(mask, flat)
     return logp, entropy, mask
 
@@ -837,36 +856,42 @@ def features(model, batch, config):
         for row, h in zip(rows, states.float()):
             t = batch[row]
             e[0, row] = h[P - len(t.prompt):P + t.start].mean(0)
-            e[1, row] = h[P + t.start:P + len(t.response)].mean(0)  # nan, unused, of a bare prefix
+            e[1, row] = h[P + t.start:P + len(t.response)].mean(0)  # nan if nothing follows c yet
     return e
 
-def baseline_rollouts(model, tokenizer, shuffled, config):
-    """Sample `rollouts` responses to each of the first problems of `shuffled`.
+def roll_out(model, tokenizer, problems, config):
+    """Sample `rollouts` responses to each problem, and reward them."""
+    responses = sample(model, tokenizer, problems * config.rollouts, config)
+    assign_rewards(responses, config)
+    return responses
 
-    Return (all of them, those to train on). dapo leaves out problems whose rewards are all equal,
-    because their advantages are 0, and samples others in their place, up to twice. It also leaves
-    out responses that were cut at the length limit.
+def dapo_rollouts(model, tokenizer, shuffled, config):
+    """Return (all responses sampled, those to train on).
+
+    Problems whose responses are all right or all wrong are dropped, because their advantages are 0,
+    and others are sampled in their place, up to two times. Responses that were cut off are dropped.
     """
-    dapo = config.method == "dapo"
-    missing = wanted = len(shard(shuffled[:config.prompts_per_step]))
-    waiting, candidates = shard(shuffled[:3 * config.prompts_per_step]), []
-    for _ in range(3 if dapo else 1):
-        new = sample(model, tokenizer, waiting[:missing] * config.rollouts, config)
-        assign_rewards(new, config)
-        candidates += new
-        waiting = waiting[missing:]
-        mixed = {group for group, rate in pass_rates(candidates).items() if 0 < rate < 1}
+    wanted = len(shard(shuffled[:config.prompts_per_step]))
+    waiting = shard(shuffled[:3 * config.prompts_per_step])
+    candidates, mixed = [], []
+    for _ in range(3):
         missing = wanted - len(mixed)
-    return candidates, [t for t in candidates if not dapo or t.complete and t.group in mixed]
+        candidates += roll_out(model, tokenizer, waiting[:missing], config)
+        waiting = waiting[missing:]
+        mixed = [group for group, rate in pass_rates(candidates).items() if 0 < rate < 1]
+    return candidates, [t for t in candidates if t.complete and t.group in mixed]
 
 def show(config):
-    """Print how a held-out problem is explored; after a run, with --model RUN/model."""
+    """Print how a held-out problem is explored; after a run, with --model RUN/model.
+
+    The latents are trained anew on this policy: RUN/model holds the policy alone.
+    """
     pairs = load_problems(config)  # first, because a mistyped data set shows sooner than a model
     model, tokenizer = load_policy(config)
     problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
     latents = prepare(model, config)
     if latents:
-        print(train_latents(model, tokenizer, latents, problems, config))
+        print("latents:", train_latents(model, tokenizer, latents, problems, config))
     problem = heldout[config.seed % len(heldout)]
     candidates, kept = explore(model, tokenizer, latents, [problem], config)
     set_scores(model, tokenizer, candidates, config)
@@ -877,10 +902,10 @@ def show(config):
         print(tokenizer.decode(t.response[:t.start]) + "▸" + tokenizer.decode(t.response[t.start:]))
     return candidates
 
-# Difficulty-sensitive attention heads: an analysis that localises them is reported. [P, reported]
-# The recipe is ours, after [arXiv 2510.05969]: a prompt's difficulty is 1 minus its pass rate. A
-# ridge probe predicts it from a head's output at the prompt's last token. The head's score is the
-# Spearman correlation of the two on prompts that the probe has not seen. [O]
+# Difficulty-sensitive attention heads: the paper is reported to localise them. [P, reported]
+# How is our choice, after [arXiv 2510.05969]. A prompt's difficulty is 1 minus its pass rate. For
+# each head, a ridge probe predicts it from the head's output at the prompt's last token. The head's
+# score is the Spearman correlation of prediction and difficulty on prompts not fitted. [O]
 
 @torch.no_grad()
 def head_outputs(model, problems):
@@ -927,7 +952,7 @@ def probe_heads(config):
             x = outputs[:, layer, head]
             predicted[layer, head] = ridge_probe(x[:half], difficulty[:half], x[half:]).numpy()
     ranks = pandas.DataFrame(predicted).rename_axis(columns=["layer", "head"]).rank()
-    scores = ranks.corrwith(pandas.Series(difficulty[half:]).rank()).fillna(0)  # 0: all are equal
+    scores = ranks.corrwith(pandas.Series(difficulty[half:]).rank()).fillna(0)  # nan: no variance
     print(f"mean difficulty {difficulty.mean():.2f}\n{scores.unstack().round(2)}")
     print(f"best heads\n{scores.nlargest(5).round(2)}")
     report = {"scores": scores.unstack().values.tolist(), "difficulty": difficulty.tolist()}
@@ -935,7 +960,7 @@ def probe_heads(config):
     return report
 
 
-# ==== Supporting code, which any such script needs: the same words in both
+# ==== Supporting code: the same in both scripts, but for --probe_heads in `main`
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -944,8 +969,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Cards before Ampere, such as Colab's T4, only emulate bf16, which is slow: they compute in fp32.
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
-CHECK_TOKENS = 128  # of a response of the self-check
-HUB = {  # repository:configuration on the hub, and where the columns were seen
+CHECK_TOKENS = 128  # the longest response of the self-check
+HUB = {  # repository:configuration on the hub; its columns [who uses them]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -962,10 +987,10 @@ progress = functools.partial(tqdm, delay=5, mininterval=0.1 if sys.stderr.isatty
                              leave=False, disable=RANK > 0)
 
 def visible_mask(*args, **kwargs):
-    """Return transformers' attention mask, in which a column that would see nothing sees all.
+    """Return transformers' attention mask, in which a query that would see nothing sees all keys.
 
-    Columns of left padding see only padding, which is masked. CUDA answers NaN there, and the NaN
-    spreads to the tokens in the next layer [transformers#47651]. What padding sees has no effect.
+    Queries at left padding see only padding, which is masked. CUDA answers NaN there, and by the
+    next layer the NaN reaches real tokens [transformers#47651]. What padding sees has no effect.
     """
     mask = sdpa_mask(*args, **kwargs)  # [B, 1, Q, K], or None where it is merely causal
     return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
@@ -1010,11 +1035,11 @@ def token_entropy(logits):
     return -(logp.exp() * logp).sum(-1)
 
 def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
-    """Return each trajectory of `prefixes`, a prompt or the beginning of a response, continued.
+    """Continue each of `prefixes`, a problem with an empty or a begun response; keep their order.
 
-    Tokens are drawn at temperature 1 without truncation [O], because ln π_old must be that of the
-    distribution which was sampled from. steer(rows, column) returns a context manager that steers
-    these rows behind that column.
+    Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
+    they were drawn with. [O] steer(rows, column) returns a context manager that steers these rows
+    from that column on.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
@@ -1044,10 +1069,10 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     bar.close()
     return results
 
-def score(model, states, targets):
+def head_logps(model, states, targets):
     """Return ln π of the tokens `targets` [N] at hidden states [N, H], and H_t there: [2, N].
 
-    Logits are made in chunks, and made again in the backward pass. All at once are gigabytes.
+    Logits are made in chunks, and again in the backward pass: all at once they take gigabytes.
     """
     def score_chunk(states, targets):
         logits = model.get_output_embeddings()(states).float()  # [n, V]
@@ -1062,15 +1087,17 @@ def score(model, states, targets):
 def recompute_layers(model, config):
     """Let layers that run in the block keep only their input, if `config.recompute` is set.
 
-    The backward pass runs them again. transformers offers the same in training mode only, where
-    dropout would make other log-probabilities than those that were sampled.
+    The backward pass then runs them again. transformers offers this only in training mode, where
+    dropout would change ln π.
     """
     layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
     for layer in layers if config.recompute else []:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    yield
-    for layer in layers:
-        vars(layer).pop("forward", None)  # what is left is the method of its class
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)  # what is left is the method of its class
 
 def full_precision(head, states):
     """Return the logits of an output layer in fp32, also where the rest of the model is in bf16.
@@ -1089,7 +1116,7 @@ def row_logps(model, t):
     return logits.log_softmax(-1).gather(1, ids[0, begin:, None])[:, 0].cpu()
 
 def report_gaps(gaps):
-    """Print differences in ln π between sampling and training, {what: [N]}; stop at a large one.
+    """Print the largest of each kind of gap in ln π, {kind: [N]}; end the program if one is large.
 
     In fp32 arithmetic explains less than 0.001 nats, and the smallest fault that was seen made
     0.07. In bf16 the noise of a token is 0.02, at most 0.2 among hundreds, and wrong masks or
@@ -1104,9 +1131,9 @@ def report_gaps(gaps):
              f"{bound}: the script does not fit this model or this release of transformers")
 
 def micro_batches(lengths, tokens):
-    """Group indices of like lengths so that a group's size x its longest is at most `tokens`.
+    """Group indices of similar lengths so that a group's size x its longest is at most `tokens`.
 
-    An item that is longer than that is a group of its own. [5, 9, 4] by 10 -> [[1], [0, 2]].
+    A longer item is a group of its own. micro_batches([5, 9, 4], 10) -> [[1], [0, 2]]
     """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -1117,20 +1144,20 @@ def micro_batches(lengths, tokens):
     return batches
 
 def take_step(model, optimizer, config):
-    """Take an optimizer step by the gradients of all processes; return their norm unclipped."""
+    """Take an optimizer step by all processes' gradients; return their norm before clipping."""
     for p in model.parameters():
         if WORLD > 1:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             torch.distributed.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if not math.isfinite(norm):
-        fail("the gradient is not finite, --resume will not help: begin anew with a lower --lr")
+        fail("the gradient is not finite: start again with a lower --lr (--resume would repeat it)")
     optimizer.step()
     optimizer.zero_grad()
     return norm
 
 def add_means(sums, means, tokens):
-    """Add the means over so many tokens of a micro-batch, times these, to the sums."""
+    """Add a micro-batch's means, weighted by its number of tokens, to the running sums."""
     for name, value in means.items():
         sums[name] += value.item() * tokens
     sums["tokens_trained"] += tokens
@@ -1144,7 +1171,6 @@ def total_means(sums):
     for name in total:
         if name != "loss" and not name.startswith("tokens"):
             total[name] /= max(1, total["tokens_trained"])
-    total["sampling_gap"] = total.get("sampling_gap", 0) / (total.pop("bare", 1) or 1)
     return total
 
 def gather(items):
@@ -1166,7 +1192,7 @@ def load_policy(config):
     name = config.model
     if name == "tiny":
         name = warm_start(config)
-        gather([])  # the other processes wait for the first
+        gather([])  # a barrier: the other processes wait for the first
     elif name.startswith("Qwen") and not Path(name).exists():
         name = "Qwen/" + name.removeprefix("Qwen/")
     try:
@@ -1179,7 +1205,7 @@ def load_policy(config):
     eos = end_tokens(model, tokenizer)
     if not eos:
         fail(f"{name} has no end-of-sequence token: no response would ever end")
-    # A model's own defaults (top-k 20, ...) would bend the distribution that ln π is taken of.
+    # A model's own defaults (top-k 20, ...) would make sampling differ from the recorded ln π.
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=eos[0])
     head = model.get_output_embeddings()
     with torch.no_grad():
@@ -1190,7 +1216,7 @@ def load_policy(config):
     return model.eval(), tokenizer  # dropout would make other log-probabilities in training
 
 def with_cause(error):
-    """Return an exception's message with that of the one that it began with, if that is another."""
+    """Return an exception's message, and the first cause in its chain if it has one."""
     cause = error
     while cause.__cause__ or cause.__context__:
         cause = cause.__cause__ or cause.__context__
@@ -1204,7 +1230,7 @@ def end_tokens(model, tokenizer):
     if type(eos) is not list:  # many chat models have several
         eos = [] if eos is None else [eos]
     if tokenizer.chat_template:
-        # What ends a turn ends a response, also that of a base model with a chat template.
+        # The token that ends a chat turn ends a response, too, even if only the template names it.
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         rest = apply_template(tokenizer, turns, tokenize=False).rpartition("!")[2]
         ids = tokenizer(rest, add_special_tokens=False).input_ids
@@ -1214,8 +1240,8 @@ def end_tokens(model, tokenizer):
 def apply_template(tokenizer, messages, **options):
     """Return what the chat template makes of messages, [{"role": ..., "content": ...}, ...].
 
-    Templates that print the date get the same one always, so that a run which is resumed on another
-    day has the same prompts. Qwen3's thoughts, which a response would be too short for, are off.
+    Templates that print the date always get the same one: a run resumed on another day must have
+    the same prompts. Qwen3's thinking is off, because it would not fit into a response.
     """
     date = "{% macro strftime_now(form) %}01 Jan 2026{% endmacro %}"
     try:
@@ -1228,8 +1254,8 @@ def apply_template(tokenizer, messages, **options):
 def load_problems(config):
     """Return the problems to train on and the held-out ones, two lists of (question, gold).
 
-    Held out are `eval_prompts` problems of `eval_dataset`, else of the data set's own test split,
-    else its last ones, at most half. Ends the program in one line where they cannot be loaded.
+    Held-out problems: `eval_prompts` of `eval_dataset`, else of the data set's test split, else the
+    last ones of its training split, at most half. Ends the program in one line if loading fails.
     """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
@@ -1251,7 +1277,7 @@ def load_problems(config):
             split = train.train_test_split(min(n, len(train) // 2), shuffle=False)
             train, test = split["train"], split["test"]
         heldout = read_rows(test, name)[:n]
-        known = dict(heldout)
+        known = dict(heldout)  # a question that is in both is not trained on
         train = [pair for pair in read_rows(train, config.dataset) if pair[0] not in known]
     except Exception as e:  # whatever a hub, a network or a parser raises
         fail(f"cannot load the dataset {name}: {with_cause(e)}")
@@ -1306,9 +1332,9 @@ def question_of(columns):
                   r"\n\nRemember to put your answer on its own line .*$", "", question)
 
 def gold_of(columns):
-    """Return the final answer of a row; None for what no response could meet.
+    """Return the final answer of a row, or None if no response could ever match it.
 
-    A list of one answer is that answer. Other lists, dictionaries, dates and NaN are no answers.
+    A list of one answer is that answer. Longer lists, dictionaries, dates and NaN give None.
     """
     nested = columns.get("reward_model")
     truth = nested.get("ground_truth") if type(nested) is dict else None
@@ -1338,9 +1364,9 @@ def encode(pairs, model, tokenizer, config):
         fail(f"the longest prompt and max_new_tokens make {longest} tokens, too many for the model")
     return problems
 
-# The tiny task: for "3+4*2=" a response does one operator a line, modulo 10, and ends with the
-# answer: "3+8\n1\n#1". Demonstrations have each line right, but by habit do the leftmost operator:
-# so the policy knows arithmetic, and seldom tries the order that precedence asks for.
+# The tiny task: a response to "3+4*2=" reduces one operator per line, modulo 10, and ends with the
+# answer: "3+8\n1\n#1". Every line of a demonstration is correct arithmetic, but most reduce the
+# leftmost operator, by habit. So the policy knows arithmetic, but seldom follows precedence.
 
 def reduce_at(expression, i):
     """Return the expression with the operator at index i done modulo 10: ("3+4*2", 3) -> "3+8"."""
@@ -1356,10 +1382,10 @@ def chain_value(question):
     return expression
 
 def is_sound(question, text):
-    """Return whether each line is one valid reduction of the line before, from question to answer.
+    """Return whether each line is a valid reduction of the one before, from question to answer.
 
-    A reduction is valid where it leaves the value as it was. Of "3+4*2=" the only sound response is
-    "3+8\\n1\\n#1". "#1" alone is right by luck.
+    A reduction is valid if it keeps the value. "3+8\\n1\\n#1" is the only sound response to
+    "3+4*2="; "#1" alone is right, but not sound.
     """
     expression = question.rstrip("=")
     *lines, answer = text.split("\n")
@@ -1371,7 +1397,7 @@ def is_sound(question, text):
     return answer == "#" + expression
 
 def demonstration(question, rng, habit):
-    """Return a response that reduces the leftmost operator, by habit, or any: "7*2\\n4\\n#4"."""
+    """Return a response whose lines reduce the leftmost operator at rate `habit`, else any one."""
     expression, response = question.rstrip("="), ""
     while len(expression) > 1:
         at = 1
@@ -1382,7 +1408,7 @@ def demonstration(question, rng, habit):
     return response + "#" + expression
 
 def chain_questions(rng, operands, heldout, n):
-    """Return n different questions. One in sixteen, by its checksum, is held out."""
+    """Return n different questions; those held out are the ones whose checksum divides by 16."""
     found = {}
     for _ in range(32 * n + 10_000):
         question = str(rng.randrange(10))
@@ -1407,7 +1433,7 @@ def warm_start(config):
     low, high = config.operands
     shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True)
-    # it is made once for each recipe, of which its name has a checksum
+    # Made once per recipe: the folder's name holds a checksum of it
     recipe = [config.habit, config.operands, config.warm_steps, config.prompt, shape]
     folder = Path(f"runs/warm_start-{zlib.crc32(json.dumps(recipe).encode()):08x}")
     if RANK > 0 or folder.exists():
@@ -1420,13 +1446,13 @@ def warm_start(config):
         **shape)).to(DEVICE)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    muon = torch.optim.Muon(matrices, weight_decay=0.0)  # takes half the steps of AdamW here
+    muon = torch.optim.Muon(matrices, weight_decay=0.0)  # needs half as many steps as AdamW here
     adam = torch.optim.AdamW(others, weight_decay=0.0)
     for step in progress(range(config.warm_steps), "warm start"):
         digits = rng.randint(low, high)  # one length a batch: nothing to pad
         questions = chain_questions(rng, [digits, digits], False, 64)
         pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
-        problems = encode(pairs, model, tokenizer, config)  # whose `gold` is a demonstration
+        problems = encode(pairs, model, tokenizer, config)  # their `gold` is a whole demonstration
         ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + [1] for t in problems])
         labels = ids.clone()
         labels[:, :len(problems[0].prompt)] = -100
@@ -1449,11 +1475,11 @@ def assign_rewards(trajectories, config):
     for t in trajectories:
         answer = extract_answer(t.text)
         if config.dataset == "chain":
-            t.reward = float(answer == t.gold)  # a digit: an expression of its value is no answer
+            t.reward = float(answer == t.gold)  # the digit itself, no expression of equal value
         else:
             t.reward = float(verify(answer, t.gold))
 
-MAX_LENGTH = 300  # characters; a longer answer is wrong, which bounds every stage below [O]
+MAX_LENGTH = 300  # characters; a longer answer is wrong, so that parsing takes little time [O]
 REALS = mpmath.mp.clone()
 REALS.dps = 300  # digits that are calculated; 200 of them are compared [O]
 
@@ -1528,7 +1554,10 @@ def operand(tokens):
     return REALS.mpf(re.match("[.0-9].*|", token)[0])  # ValueError where it is no number
 
 def expression(tokens, least=1):
-    """Take off `tokens` what binds at `least` so tightly: of 2*3+1 all at 1, but 2*3 at 2."""
+    """Take an expression off `tokens`, up to the first operator that binds less than `least`.
+
+    Of 2*3+1 that is all of it at 1, and 2*3 at 2.
+    """
     value = operand(tokens)
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
@@ -1548,7 +1577,7 @@ def split_list(text):
 
 @functools.lru_cache(maxsize=8192)
 def value_of(text):
-    r"""Return a canonical text: "(1,\frac12)" -> "(1.0,0.5)", "No answer" -> "no answer"."""
+    r"""Return an answer in a form to compare: "(1,\frac12)" -> "(1.0,0.5)", "No" -> "no"."""
     parts = split_list(text[1:-1])
     if len(parts) > 1 and text[0] in "([" and text[-1] in ")]":
         return text[0] + ",".join(map(value_of, parts)) + text[-1]
@@ -1562,7 +1591,10 @@ def value_of(text):
     return words.lower() if re.fullmatch("[A-Za-z]{2,}|[A-Za-z]+( [A-Za-z]+)+", words) else words
 
 def read(text, hundredths):
-    r"""Return values, names and units: "x=5 cm" -> (["5.0"], [("x", "5.0")], ["cm"])."""
+    r"""Return an answer's values, names and units: "x=5 cm" -> (["5.0"], [("x", "5.0")], ["cm"]).
+
+    A percentage counts as hundredths if `hundredths` is set, else as its number.
+    """
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
     values, names, units = [], [], set()
@@ -1592,7 +1624,7 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 def distinct_n(texts, n):
-    """Return the share of different ones among all n-grams of words of the texts; 0 without any."""
+    """Return how many of the texts' word n-grams are different, as a share of all; 0 if none."""
     grams = []
     for text in texts:
         words = text.split()
@@ -1600,10 +1632,11 @@ def distinct_n(texts, n):
     return len(set(grams)) / max(1, len(grams))
 
 def problem_metrics(responses, config):
-    """Return the metrics of one problem, of whose k responses each has its reward.
+    """Return the metrics of a problem's k responses, whose rewards are set.
 
-    pass@n is the chance that one of n responses is right, maj@k whether the answer that most of
-    them have is. Distinct-n is of all responses, distinct_correct counts different right ones.
+    pass@n: the chance that at least one of n responses is right; sound@n likewise. maj@k: whether
+    the most frequent answer is right. distinct_1, distinct_4: over all responses. distinct_correct:
+    how many different right responses there are.
     """
     k = len(responses)
     right = [t.text for t in responses if t.reward]
@@ -1670,7 +1703,7 @@ def fail(message):
 def parse_config(script, argv):
     """Return a Config from flags, which win over a YAML file, which wins over the defaults.
 
-    Of the file count the sections `common` and `script`. Ends the program in one line at a mistake.
+    Only the sections `common` and `script` of the file are read. Ends the program at a mistake.
     """
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="YAML file (tiny_config.yaml without --model); flags win")
@@ -1687,19 +1720,19 @@ def parse_config(script, argv):
             values = value if isinstance(value, list) else [value]
             argv = [f"--{name}", *map(str, values)] + argv
     config = parser.parse_args(argv, Config())
-    for setting in fields(config):
-        low, _, high = setting.metadata.get("metavar", "").partition("..")
-        value = getattr(config, setting.name)
+    for option in fields(config):
+        low, _, high = option.metadata.get("metavar", "").partition("..")
+        value = getattr(config, option.name)
         for number in value if isinstance(value, list) else [value]:
-            if low and not float(low) <= number <= float(high or 1e12):  # nan is not, either
-                fail(f"{setting.name} must be from {low} to {high or '1e12'}, not {number}")
+            if low and not float(low) <= number <= float(high or 1e12):  # also catches nan
+                fail(f"{option.name} must be from {low} to {high or '1e12'}, not {number}")
     config.check()
     return config
 
 def save_atomically(path, write):
-    """Let `write` make a file or folder beside `path`, then rename it: nobody meets half of one.
+    """Let `write` make a file or folder beside `path`, then rename it: it is never half written.
 
-    Ends the program in one line where the disk refuses, with what `path` held before intact.
+    Ends the program in one line if the disk refuses; what `path` held before is then still there.
     """
     if RANK > 0:
         return
@@ -1774,7 +1807,7 @@ def run_folder(config):
         fail(f"there is no run in {folder} to resume")
     if folder.exists() and not config.resume:
         fail(f"{folder} exists: choose another --out, or go on with --resume")
-    save_atomically(folder.parent / ".writable", Path.touch)  # fails now, if it must
+    save_atomically(folder.parent / ".writable", Path.touch)  # better now than after an hour
     (folder.parent / ".writable").unlink(missing_ok=True)
     return folder
 
@@ -1786,7 +1819,7 @@ def save_state(folder, state, parts):
 def print_machine():
     """Print which device and number format are used, and why a GPU may not be."""
     if DEVICE == "cuda":
-        numbers = "bf16 autocast over fp32 weights" if BF16 else "fp32, for the card has no bf16"
+        numbers = "bf16 autocast over fp32 weights" if BF16 else "fp32, as the card has no bf16"
         print(f"device: {torch.cuda.get_device_name()}, {numbers}", flush=True)
     else:
         hint = {"win32": "; pip's torch for Windows has no CUDA, pytorch.org has one with it",
@@ -1823,7 +1856,7 @@ def print_table(folder, summary):
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print(f"\nto compare: this with --method grpo --out {grpo.parent}, then this with --resume")
+        print(f"\nto compare: run --method grpo --out {grpo.parent}, then this again with --resume")
     print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
 
 def main(argv=None):
@@ -1849,7 +1882,7 @@ def main(argv=None):
         if training and (folder_of(config) / "state.pt").exists():
             print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
         elif training:
-            print("interrupted before the first checkpoint: begin anew", file=sys.stderr)
+            print("interrupted before the first checkpoint: start again", file=sys.stderr)
         raise
 
 if __name__ == "__main__":
