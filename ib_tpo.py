@@ -17,9 +17,9 @@ trains a real model on one GPU. Every field of `Config` is a flag. A `training_s
 5. Take a clipped policy-gradient step on the packed trees: `pack_tree`, `update_on_trees`.
 
 The sections: Config and Trajectory; the tree; the IB-Score; advantages; the update; the training
-step; the run; what only IB-TPO needs; supporting code, which is the same in both scripts: sampling
-and log-probabilities, the policy, problems, the tiny task, the verifier, evaluation, files. Read
-the supporting code when you meet it.
+step; the run; what only this script needs; supporting code, which is the same in both scripts:
+sampling and log-probabilities, the policy, problems, the tiny task, the verifier, evaluation,
+files. Read the supporting code when you meet it.
 
 Left out: vLLM, sharding, rewards other than right or wrong. The paper has temperature 0.7, top-p
 0.95, top-k 20, 2k tokens and DAPO-Math-17K; here responses are sampled without truncation, so that
@@ -287,7 +287,8 @@ def grow(model, tokenizer, problems, config, rng):
     if config.sampler == "independent":
         B0 = config.rollouts or B0 + (L - 1) * K * B  # G
         L = 1
-    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # 1: the B₀ rollouts
+    # branched=1, because the B₀ rollouts branch from the root
+    roots = {t.group: Node(t.prompt, branched=1) for t in problems}
     trajectories = extend_trees(model, tokenizer, roots, problems * B0, config)
     for _ in range(L - 1):
         prefixes = []
@@ -314,7 +315,7 @@ def go_on_from(node, problem):
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   the mean of 1 - π(s) over s ~ π(s|a*,v), by Bayes
 #   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/B Σ_b η₁ η₂, which ranks nodes as the above does
-# The second is a cross-entropy: the Gini entropy itself would have 1 - π(s|a*,v) in its mean.
+# H(s|a*,v) so written is a cross-entropy: a Gini entropy would be the mean of 1 - π(s|a*,v).
 # Where p̂(a*|s) = p̂(a*|v), as when all are right, η₁ = -1/β: less confident nodes score higher.
 
 def information_gain(node, beta):
@@ -327,7 +328,8 @@ def information_gain(node, beta):
 def ib_score(node, beta):
     """Return J_IB of a node with children.
 
-    A child counts once per trajectory that drew it here, not for those continued from below it.
+    A child counts once per trajectory that sampled it. Trajectories that were continued from it, or
+    from below it, got it in their prefix, and do not count.
     """
     B = sum(s.drawn for s in node.children)
     return (1 + beta) / B * sum(s.drawn * information_gain(s, beta) * s.confidence
@@ -342,10 +344,11 @@ def ib_covariance(node, beta):
 def select_nodes(root, k, sampler, config, rng):
     """Return the k nodes to branch from; a node must have children, and room for more tokens.
 
-    `ib` takes those of highest J_IB, `random` any, as RandTree. [P]
-    `entropy` takes those before the step of highest H_t (EPTree: at the token of highest -ln π),
-    `fixed` goes from the root down (TreePO: by length); both take unbranched nodes first. [O]
-    If there are fewer than k, they are repeated.
+    ib: those of highest J_IB; random: any, as in RandTree. [P]
+    entropy: those with a child that has a token of highest H_t (EPTree: at the token of highest
+    -ln π itself); fixed: from the root down (TreePO: by length). Both prefer the nodes that were
+    branched from least often. [O]
+    If there are fewer than k nodes, they are repeated.
     """
     nodes = [n for n in root.walk() if n.children and n.end < config.max_new_tokens]
     if sampler == "ib":
@@ -390,17 +393,18 @@ def step_advantages(root, config):
 
 # ==== Update on packed trees
 #   L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over the tokens of all G trajectories  [P]
-#       every token has the same weight; r_t is bounded by 3 where A < 0                   [O]
+#       each of these tokens has weight 1; r_t is bounded by 3 where A < 0                 [O]
 # Steps that trajectories share are run once. The tree lies depth-first in one sequence: a token
-# sees its ancestors and itself, its position is its depth, and its weight in the mean is the number
-# of trajectories through it. The gradient is that of G separate rows with the advantages A(s). [O]
+# sees its ancestors and itself, its position is its depth, and as it stands for the same token of
+# all trajectories through it, it has their number for a weight. The gradient is that of G separate
+# rows with the advantages A(s). [O]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return L without the self-reward, and statistics: the mean ratio, the share of tokens cut.
 
     logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or the weights of tokens. PPO's
     clip leaves r_t unbounded where A < 0; there the dual clip bounds it [arXiv 1912.09729]. A token
-    is cut where a bound takes its gradient.
+    is cut where one of the bounds makes its gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -417,9 +421,10 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def pack_tree(root, advantages):
     """Pack a tree into one sequence of S tokens: the prompt, then every step exactly once.
 
-    Return tensors [S]: input_ids, previous (the index of the token before), weights (how many
-    trajectories go through the token, 0 for the prompt), advantages, logps (ln π_old), and
-    attention_mask [S, S]. A prompt q with the steps a and b behind it, and c behind a, packs to
+    Return tensors [S]: input_ids, previous (the index of the token before it in its trajectory,
+    whose state predicts it), weights (how many trajectories go through the token), advantages and
+    logps (ln π_old), these three 0 for the prompt; and attention_mask [S, S]. A prompt q with the
+    steps a and b behind it, and c behind a, packs to
 
         q a c b      q sees q; a sees q a; c sees q a c; b sees q b
         0 1 2 1      the positions, if each has one token
@@ -439,12 +444,14 @@ def pack_tree(root, advantages):
         last[node] = end - 1
         begin = end
     lengths = torch.tensor([len(node.tokens) for node in nodes])
-    visits = torch.tensor([0.0] + [float(node.visits) for node in nodes[1:]])
-    A = torch.tensor([0.0] + [advantages[node] for node in nodes[1:]])
-    logps = [torch.zeros(len(root.tokens))] + [node.logps for node in nodes[1:]]
+    steps = nodes[1:]  # without the root, whose prompt has weight, advantage and ln π 0
+    weights = torch.tensor([0.0] + [float(step.visits) for step in steps])
+    A = torch.tensor([0.0] + [advantages[step] for step in steps])
     return {"input_ids": torch.tensor([token for node in nodes for token in node.tokens]),
-            "previous": previous.clamp(min=0), "weights": visits.repeat_interleave(lengths),
-            "advantages": A.repeat_interleave(lengths), "logps": torch.cat(logps),
+            "previous": previous.clamp(min=0),
+            "weights": weights.repeat_interleave(lengths),
+            "advantages": A.repeat_interleave(lengths),
+            "logps": torch.cat([torch.zeros(len(root.tokens))] + [step.logps for step in steps]),
             "attention_mask": mask}
 
 def tree_logps(model, packs):
@@ -452,7 +459,8 @@ def tree_logps(model, packs):
     ids = pad([pack["input_ids"] for pack in packs]).to(DEVICE)
     previous = pad([pack["previous"] for pack in packs]).to(DEVICE)
     weights = pad([pack["weights"] for pack in packs]).to(DEVICE)
-    mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)  # else padding is NaN
+    # Padding sees itself: if it saw nothing, it would be NaN
+    mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)
     for square, pack in zip(mask, packs):
         S = len(pack["input_ids"])
         square[:S, :S] = pack["attention_mask"]
@@ -550,14 +558,13 @@ def set_up(config):
     pairs = load_problems(config)
     run.model, run.tokenizer = load_policy(config)
     run.problems, run.heldout = [encode(side, run.model, run.tokenizer, config) for side in pairs]
-    run.extra = prepare(run.model, config)  # latents or a reference
+    run.extra = prepare(run.model, config)  # the reference of the KL
     check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
     run.optimizer = torch.optim.AdamW(
         run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
-    if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # not a frozen reference: that is the model as loaded
+    # The reference is not saved: it is the model as loaded
     if (run.folder / "state.pt").exists():
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -598,7 +605,7 @@ def train(config):
     return summary
 
 
-# ==== What only IB-TPO needs
+# ==== What only this script needs
 
 def prepare(model, config):
     """Return the reference policy of the KL, or an empty list if there is no KL.
@@ -817,16 +824,16 @@ def row_logps(model, t):
 def report_gaps(gaps):
     """Print the largest of each kind of gap in ln π, {kind: [N]}; end the program if one is large.
 
-    In fp32 arithmetic explains less than 0.001 nats, and the smallest fault that was seen made
-    0.07. In bf16 the noise of a token is 0.02, at most 0.2 among hundreds, and wrong masks or
-    positions make 2 to 3 nats. The bounds lie between. [O]
+    In fp32, rounding makes less than 0.001 nats, and the smallest fault that was seen made 0.07. In
+    bf16, rounding makes 0.02 for a token, at most 0.2 among hundreds, and wrong masks or positions
+    make 2 to 3. The bounds lie between. [O]
     """
     bound = 0.5 if BF16 else 0.01
-    largest = {what: gap.nan_to_num(nan=math.inf).max().item() for what, gap in gaps.items()}
+    largest = {what: gap.abs().nan_to_num(nan=math.inf).max().item() for what, gap in gaps.items()}
     found = ", ".join(f"{what} {gap:.2g}" for what, gap in largest.items())
     print(f"self-check: ln π of sampling and of training differ by {found} nats", flush=True)
     if max(largest.values()) > bound:
-        fail(f"ln π of sampling and of training differ by {found} nats, where arithmetic explains "
+        fail(f"ln π of sampling and of training differ by {found} nats, where rounding explains "
              f"{bound}: the script does not fit this model or this release of transformers")
 
 def micro_batches(lengths, tokens):
@@ -1188,25 +1195,36 @@ def find_answer(text):
     That is the last "\boxed{5}", else "\boxed 5", "#### 5" or "#5", else (None, len(text)).
     """
     def last(pattern):
-        return max(re.finditer(pattern, text), key=re.Match.start, default=None)
-    box, depth = last(r"\\f?box(?:ed)?\s*\{"), 0
-    for brace in re.compile("[{}]").finditer(text, box.end() - 1) if box else []:
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[box.end():brace.start()].strip(), box.start()
+        matches = list(re.finditer(pattern, text))
+        return matches[-1] if matches else None
+
+    box = last(r"\\f?box(?:ed)?\s*\{")
+    if box:
+        depth = 0
+        for brace in re.compile("[{}]").finditer(text, box.end() - 1):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                return text[box.end():brace.start()].strip(), box.start()
     found = last(r"\\boxed\s+([^\s$]*[^\s$.,])") or last(r"(?<!#)####[^\S\n]*([^\s#].*)")
     found = found or last(r"(?<!#)#([^\s#].*)")  # "# Check" and "### Check" are headings
-    return (found[1].split(" #")[0].strip("* \t\r"), found.start()) if found else (None, len(text))
+    if not found:
+        return None, len(text)
+    answer = found[1].split(" #")[0]  # up to another marker in the same line
+    return answer.strip("* \t\r"), found.start()
 
 def extract_answer(text):
     r"""Return a response's answer, or None: "3+8\n1\n#1" -> "1"."""
     return find_answer(text)[0]
 
+# To compare answers, `read` rewrites them by SPELLINGS, which spells signs alike by READ_AS. ITEM
+# takes name and unit off each part, TOKEN and PRODUCT cut its value into tokens, and `expression`
+# calculates it by OPERATORS.
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
     \geq=>\ge ≥=>\ge~ >==>\ge~ \neq=>\ne \lt=>< \gt=>> ∞=>\infty~ infinity=>\infty &=>, ;=>, or=>,
-    and=>, ∪=>, \cup=>, \varnothing=>\emptyset \\=>),( \%=>% percent=>% pct=>%""".split())
+    and=>, ∪=>, \cup=>, \varnothing=>\emptyset \\=>),( \%=>% percent=>% pct=>%
+    seconds=>s""".split())
 SPELLINGS = [  # patterns and what replaces them, in this order
     (r"\\(?:text|math|mbox|bold)\w*\s*\{([^{}]*)\}", r" \1 "),  # 5\text{ cm} -> 5 cm
     (r"(?<=\d) ?(?:,\\!|\\,|\{ ?, ?\}) ?(?=\d{3})", ""),  # 1{,}000 -> 1000
@@ -1230,7 +1248,7 @@ TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]
 PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))"
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
-    "/": (2, 3, operator.truediv),  # below mpf() refuses letters, as their roots have two signs
+    "/": (2, 3, operator.truediv),  # below, mpf() refuses letters: their roots could have any sign
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1250,7 +1268,7 @@ def operand(tokens):
         return +REALS.pi
     if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
         return REALS.mpc(*map(random.Random(token).uniform, (0.7, 0.7), (1.4, 1.4)))
-    return REALS.mpf(re.match("[.0-9].*|", token)[0])  # ValueError where it is no number
+    return REALS.mpf(re.match("[.0-9].*|", token)[0])  # of what is no number "": a ValueError
 
 def expression(tokens, least=1):
     """Take an expression off `tokens`, up to the first operator that binds less than `least`.
@@ -1261,7 +1279,7 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    largest = 200 if least == 4 else 1e80  # exponents are small, so that 200 digits are right
+    largest = 200 if least == 4 else 1e80  # 4: an exponent; small ones keep 200 digits right
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")
     return value
@@ -1300,9 +1318,11 @@ def read(text, hundredths):
     for part in split_list(text):
         name, value, unit = ITEM.fullmatch(part).groups()
         values.append(value_of(f"({value})/100" if unit == "%" and hundredths else value))
-        names.append(name and (name, values[-1]))
-        units.add(unit and re.sub(r"[ {}]|s$", "", unit))
-    return sorted(values), sorted(filter(None, names)), sorted(filter(None, units))
+        if name:
+            names.append((name, values[-1]))
+        if unit:
+            units.add(re.sub(r"[ {}]|(?<=\w)s$", "", unit))  # lbs is lb, but s stays s
+    return sorted(values), sorted(names), sorted(units)
 
 def verify(answer, gold):
     """Return whether two answers are equal: "5 cm" is "5" but not "5 kg", "50%" is 50 and 0.5."""
@@ -1349,10 +1369,10 @@ def problem_metrics(responses, config):
     if config.dataset == "chain":
         kinds["sound"] = [text for text in right if is_sound(responses[0].question, text)]
         metrics["distinct_sound"] = len(set(kinds["sound"]))
-    for kind, texts in kinds.items():
+    for kind, passed in kinds.items():
         for n in sorted({1, 4, 16, k}):
             if n <= k:
-                metrics[f"{kind}@{n}"] = pass_at_k(k, len(texts), n)
+                metrics[f"{kind}@{n}"] = pass_at_k(k, len(passed), n)
     return metrics
 
 def evaluate(model, tokenizer, problems, config, file=None):

@@ -19,8 +19,8 @@ trains a real model on one GPU. Every field of `Config` is a flag. A `training_s
 5. Update the policy, without latents, by GRPO's loss and the IB self-reward: `update`.
 
 The sections: Config and Trajectory; stage 1, branching; stage 2, the information bottleneck; the
-update; the training step; the run; what only I²B-LPO needs; supporting code, which is the same in
-both scripts: sampling and log-probabilities, the policy, problems, the tiny task, the verifier,
+update; the training step; the run; what only this script needs; supporting code, which is the same
+in both scripts: sampling and log-probabilities, the policy, problems, the tiny task, the verifier,
 evaluation, files. Read the supporting code when you meet it.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. Unlike in the released code, the
@@ -117,7 +117,7 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt; iiblpo may spend as many tokens", "1..")
+    rollouts: int = setting(8, "responses per prompt, also the budget of iiblpo", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of one `generate` call: rows x longest row", "1..")
     # Stage 1: branching
@@ -199,6 +199,8 @@ class Trajectory:
 #                          t* ~ Uniform(Ω); the released code takes the argmax         [P, reported]
 #   the prefix             c = (q, o_<t*)                                              [O]
 #   a latent per branch    z_1 ... z_K ~ p_ψ(z | c)                                    [P]
+#   their training         ELBO = ln π(o_>=t* | c, z) - KL(q_φ || p_ψ) / 2, z ~ q_φ(z | c, o_>=t*)
+#                          the decoder π is the policy itself, frozen                  [O]
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V],  norms w' = w + w_z        [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = γ W_K z,  v_z = γ W_V z,  w_z = γ 2^(-age/half-life) W_N z      [O]
@@ -269,7 +271,8 @@ class PseudoSelfAttention(torch.nn.Module):
     Each layer has its own linear maps. The key k_z is not rotated, as if at RoPE position 0. A
     latent acts from column `born` on, the one whose state predicts o_t*: only columns of
     age = column - born >= 0 attend to it. [O]
-    As γ goes to 0 the slot still takes attention, as a key of zeros does; at γ = 0 there is none.
+    A small γ does not make the slot vanish: a key near zero still takes attention. Only at γ = 0 is
+    there no slot.
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
 
@@ -350,13 +353,12 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 def latent_loss(model, latents, batch, prefix, continuation, above):
-    """Return the loss of the latents, the mean over rows of -ln π(continuation) + KL / 2.
+    """Return the negative ELBO: the mean over rows of -ln π(o_>=t* | c, z) + KL(q_φ || p_ψ) / 2.
 
-    That is -Σ_t>=t* ln π(o_t | q, o_<t, z), z ~ q_φ, and KL(q_φ || p_ψ), of which only the latent
-    dimensions in `above` [Z] count. prefix, continuation: [B, H]. Also return ln π of the
-    continuations [B] and the KL of each dimension [Z]. The decoder is the frozen policy, steered
-    by z. The released code decodes z into a feature; we measured that such latents do not change
-    what the policy says. [O]
+    z ~ q_φ; ln π is summed over the tokens from t* on; of the KL only the dimensions in `above`,
+    bool [Z], count. prefix, continuation: [B, H]. Also return ln π of the continuations [B] and the
+    KL of each dimension [Z]. The decoder is the frozen policy, steered by z. The released code
+    decodes z into a feature; we measured that such latents do not change what the policy says. [O]
     """
     cvae, psa = latents
     prior, posterior = cvae.prior(prefix), cvae.posterior(prefix, continuation)
@@ -377,13 +379,15 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     affordable = []
     for prefix, parent in zip(prefixes * config.branches, parents * config.branches):
         budget -= len(parent.response) - prefix.start
-        if budget >= 0:
-            affordable.append(prefix)
+        if budget < 0:
+            break
+        affordable.append(prefix)
     if not latents:
         return sample(model, tokenizer, affordable, config)
     cvae, psa = latents
     z = cvae.sample(features(model, prefixes, config)[0], config.branches)  # [B, K, Z]
-    z = z.transpose(0, 1).flatten(0, 1)[:len(affordable)]  # branch 1 of all parents, branch 2, ...
+    # In the order of `affordable`: the first branches of all parents, the second ones, ...
+    z = z.transpose(0, 1).flatten(0, 1)[:len(affordable)]
     return sample(model, tokenizer, affordable, config, steer=steer_sampling(psa, z))
 
 def steer_sampling(psa, z):
@@ -427,7 +431,8 @@ def answer_probe(t, said, cue, tokenizer):
     """
     given = tokenizer(said + cue, add_special_tokens=False).input_ids
     whole = tokenizer(said + cue + t.gold, add_special_tokens=False).input_ids
-    return Trajectory(t.prompt, response=whole, start=len(os.path.commonprefix([given, whole])))
+    begin = len(os.path.commonprefix([given, whole]))  # it compares lists, too
+    return Trajectory(t.prompt, response=whole, start=begin)
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
@@ -457,13 +462,14 @@ def prompt_information(entropy, mask, h):
     """Return Î(q; r) = Σ_t (h - H_t), [B]; entropy, mask: [B, T], h in nats."""
     return ((h - entropy) * mask).sum(1)
 
-def trajectory_ib_score(answer_gain, entropy, mask, groups, beta, h):
-    """Return S_IB [B] of responses; answer_gain, groups: [B], entropy, mask: [B, T], h in nats.
+def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
+    """Return S_IB [B] of responses; gain: Î(r; a*) [B], groups: [B], entropy, mask: [B, T].
 
-    Each term is standardised over a prompt's responses: at beta = 1 both have the same weight. [O]
+    `group_advantages` standardises each term over a prompt's responses, just as it does rewards: at
+    beta = 1 both have the same weight. [O]
     """
     information = prompt_information(entropy, mask, h)
-    return beta * group_advantages(answer_gain, groups) - group_advantages(information, groups)
+    return beta * group_advantages(gain, groups) - group_advantages(information, groups)
 
 def select_top_n(candidates, keep):
     """Return the candidates that pass the filter, in their order.
@@ -479,7 +485,7 @@ def select_top_n(candidates, keep):
     dropped = set()
     for branches in rivals.values():
         branches.sort(key=lambda t: (-t.score if t.reward else t.score, len(t.response)))
-        dropped.update(branches[math.ceil(keep * len(branches)):])
+        dropped.update(branches[math.ceil(keep * len(branches) - 1e-9):])  # 0.28 * 25 is 7.000...1
     return [t for t in candidates if t not in dropped]
 
 def ib_self_reward(entropy, advantages, mask):
@@ -499,7 +505,7 @@ def set_scores(model, tokenizer, candidates, config):
 def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
-    Branches have the tokens that `rollouts` responses would leave after the initial ones. [O]
+    The budget is the tokens of `rollouts` responses; branches get what the initial ones leave. [O]
     We could not find out what "iterative" means in the paper. Here each of the `ib_rounds` rounds
     branches what the last one kept. [O]
     """
@@ -525,9 +531,9 @@ def explore(model, tokenizer, latents, problems, config):
 #   loss       L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)   [P]
 #              the bound of 3 is verl's dual clip                              [C]
 #              mean_t is over all own tokens, those of advantage 0 included    [O]
-# The ratio has the bare policy above and the policy that sampled, steered by z, below. So it is the
-# token's importance weight, and the bare policy learns what the latents found. In [C] π_old is
-# without the latent.
+# The ratio's numerator is the bare policy; its denominator is the policy that sampled, steered by
+# z. So it is the token's importance weight, and the bare policy learns what the latents found. In
+# the released code π_old is without the latent.
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -550,17 +556,17 @@ def set_advantages(candidates, kept):
     groups = torch.tensor([t.group for t in candidates])
     for t, advantage in zip(candidates, group_advantages(rewards, groups).tolist()):
         t.advantage = advantage
-    sampled = Counter((t.group, t.reward) for t in candidates)
-    left = Counter((t.group, t.reward) for t in kept)
+    n = Counter((t.group, t.reward) for t in candidates)
+    k = Counter((t.group, t.reward) for t in kept)
     for t in kept:
-        t.advantage *= sampled[t.group, t.reward] / left[t.group, t.reward]
+        t.advantage *= n[t.group, t.reward] / k[t.group, t.reward]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return L without the self-reward, and statistics: the mean ratio, the share of tokens cut.
 
     logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or the weights of tokens. PPO's
     clip leaves r_t unbounded where A < 0; there the dual clip bounds it [arXiv 1912.09729]. A token
-    is cut where a bound takes its gradient.
+    is cut where one of the bounds makes its gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -577,9 +583,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch, a mean over its own tokens, and more means over them.
 
-    `sampling_gap` and `bare` are |ln π - ln π_old| on tokens sampled without a latent, and their
-    share; `update` divides one by the other. Before a batch's first optimizer step the gap is
-    rounding noise, or a bug.
+    `bare` is the share of tokens in initial rollouts, which are sampled without a latent, and
+    `sampling_gap` the sum of |ln π - ln π_old| on these, over all tokens. `update` divides it by
+    `bare`. Before a batch's first optimizer step the gap is rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -598,7 +604,8 @@ def update(model, optimizer, batch, config):
     """Take `updates_per_step` optimizer steps on a batch; return means over its tokens.
 
     A branch is trained from t* on, because the tokens before are its parent's. [C]
-    Responses of advantage 0 count in the mean, but are only run where entropy has a bonus.
+    Responses of advantage 0 count in the mean, but have no gradient, unless entropy has a bonus; so
+    they are not run.
     """
     sums = Counter(loss=0, tokens_trained=0, sampling_gap=0, bare=0)
     norm = 0.0
@@ -637,17 +644,16 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
 
     # 1 to 4: sample, branch, score and filter, compare rewards
     began = time.time()
+    batch = shard(shuffled[:config.prompts_per_step])
     if config.method == "iiblpo":
-        batch = shard(shuffled[:config.prompts_per_step])
         candidates, kept = explore(model, tokenizer, latents, batch, config)
         set_advantages(candidates, kept)
+    elif config.method == "dapo":
+        candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
+        set_advantages(candidates, candidates)  # nothing stands for what dapo drops
     else:
-        if config.method == "dapo":
-            candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
-        else:
-            batch = shard(shuffled[:config.prompts_per_step])
-            candidates = kept = roll_out(model, tokenizer, batch, config)
-        set_advantages(candidates, candidates)  # no weighting up: dapo drops on purpose
+        candidates = kept = roll_out(model, tokenizer, batch, config)
+        set_advantages(candidates, kept)
 
     # 5: update the policy without latents
     explored = time.time()
@@ -670,14 +676,14 @@ def set_up(config):
     pairs = load_problems(config)
     run.model, run.tokenizer = load_policy(config)
     run.problems, run.heldout = [encode(side, run.model, run.tokenizer, config) for side in pairs]
-    run.extra = prepare(run.model, config)  # latents or a reference
+    run.extra = prepare(run.model, config)  # the latents
     check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
     run.optimizer = torch.optim.AdamW(
         run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
-    if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # not a frozen reference: that is the model as loaded
+    if run.extra:
+        run.parts["extra"] = run.extra
     if (run.folder / "state.pt").exists():
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -718,7 +724,7 @@ def train(config):
     return summary
 
 
-# ==== What only I²B-LPO needs
+# ==== What only this script needs
 
 def prepare(model, config):
     """Return the latents (cvae, psa), or an empty list for methods that have none; set the seed.
@@ -751,10 +757,11 @@ def alternatives(model, tokenizer, problems, config):
         for token in p.topk(4).indices.tolist():
             goes_on = token not in eos and t.start + 1 < config.max_new_tokens
             if goes_on and p[token] > 0.01:
-                prefixes.append(replace(t, response=t.response + [token]))  # logps stay one short
+                # The token is given, not sampled, so it has no ln π: nothing reads these logps
+                prefixes.append(replace(t, response=t.response + [token]))
     pairs = sample(model, tokenizer, prefixes[:math.ceil(config.cvae_pairs / WORLD)], config)
     tokens = own_tokens(parents) + own_tokens(pairs)
-    return [replace(t, start=t.start - 1) for t in pairs], tokens
+    return [replace(t, start=t.start - 1) for t in pairs], tokens  # c ends before the given token
 
 @torch.no_grad()
 def check_policy(model, tokenizer, latents, problems, config):
@@ -787,7 +794,9 @@ def check_policy(model, tokenizer, latents, problems, config):
     report_gaps(gaps)
 
 def train_latents(model, tokenizer, latents, problems, config):
-    """Train prior, posterior and PSA on the policy's alternatives; report on the last micro-batch.
+    """Train prior, posterior and PSA on the policy's alternatives; return metrics.
+
+    They are of the last micro-batch: z_gain is how many nats likelier z makes a continuation.
     """
     cvae, psa = latents
     problems = shard(problems[:WORLD + config.cvae_pairs // 2])
@@ -801,7 +810,8 @@ def train_latents(model, tokenizer, latents, problems, config):
     for _ in progress(range(config.cvae_steps), "training the latents"):
         drawn = torch.randperm(len(pairs))[:32]
         with torch.no_grad():  # free bits: a dimension's KL counts if its mean exceeds 0.5 nats
-            posterior, prior = cvae.posterior(*states[:, drawn]), cvae.prior(states[0, drawn])
+            prefix, continuation = states[:, drawn]  # e(c) and e(o_>=t*), [32, H]
+            posterior, prior = cvae.posterior(prefix, continuation), cvae.prior(prefix)
             above = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
         for rows in micro_batches([len(pairs[i]) for i in drawn], config.micro_tokens):
             chosen = drawn[rows]
@@ -844,7 +854,8 @@ def token_logps(model, batch):
     mask = (tokens >= 0) & (torch.arange(tokens.shape[1], device=DEVICE) >= begin)
     with autocast():
         flat = head_logps(model, states[:, P - 1:-1][mask], tokens[mask])
-    logp, entropy = torch.zeros(2, *mask.shape, device=DEVICE).masked_scatter(mask, flat)
+    zeros = torch.zeros(2, *mask.shape, device=DEVICE)
+    logp, entropy = zeros.masked_scatter(mask, flat)  # flat: [2, tokens in the mask]
     return logp, entropy, mask
 
 @torch.no_grad()
@@ -903,7 +914,7 @@ def show(config):
     return candidates
 
 # Difficulty-sensitive attention heads: the paper is reported to localise them. [P, reported]
-# How is our choice, after [arXiv 2510.05969]. A prompt's difficulty is 1 minus its pass rate. For
+# The recipe is ours, after [arXiv 2510.05969]. A prompt's difficulty is 1 minus its pass rate. For
 # each head, a ridge probe predicts it from the head's output at the prompt's last token. The head's
 # score is the Spearman correlation of prediction and difficulty on prompts not fitted. [O]
 
@@ -1118,16 +1129,16 @@ def row_logps(model, t):
 def report_gaps(gaps):
     """Print the largest of each kind of gap in ln π, {kind: [N]}; end the program if one is large.
 
-    In fp32 arithmetic explains less than 0.001 nats, and the smallest fault that was seen made
-    0.07. In bf16 the noise of a token is 0.02, at most 0.2 among hundreds, and wrong masks or
-    positions make 2 to 3 nats. The bounds lie between. [O]
+    In fp32, rounding makes less than 0.001 nats, and the smallest fault that was seen made 0.07. In
+    bf16, rounding makes 0.02 for a token, at most 0.2 among hundreds, and wrong masks or positions
+    make 2 to 3. The bounds lie between. [O]
     """
     bound = 0.5 if BF16 else 0.01
-    largest = {what: gap.nan_to_num(nan=math.inf).max().item() for what, gap in gaps.items()}
+    largest = {what: gap.abs().nan_to_num(nan=math.inf).max().item() for what, gap in gaps.items()}
     found = ", ".join(f"{what} {gap:.2g}" for what, gap in largest.items())
     print(f"self-check: ln π of sampling and of training differ by {found} nats", flush=True)
     if max(largest.values()) > bound:
-        fail(f"ln π of sampling and of training differ by {found} nats, where arithmetic explains "
+        fail(f"ln π of sampling and of training differ by {found} nats, where rounding explains "
              f"{bound}: the script does not fit this model or this release of transformers")
 
 def micro_batches(lengths, tokens):
@@ -1489,25 +1500,36 @@ def find_answer(text):
     That is the last "\boxed{5}", else "\boxed 5", "#### 5" or "#5", else (None, len(text)).
     """
     def last(pattern):
-        return max(re.finditer(pattern, text), key=re.Match.start, default=None)
-    box, depth = last(r"\\f?box(?:ed)?\s*\{"), 0
-    for brace in re.compile("[{}]").finditer(text, box.end() - 1) if box else []:
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[box.end():brace.start()].strip(), box.start()
+        matches = list(re.finditer(pattern, text))
+        return matches[-1] if matches else None
+
+    box = last(r"\\f?box(?:ed)?\s*\{")
+    if box:
+        depth = 0
+        for brace in re.compile("[{}]").finditer(text, box.end() - 1):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                return text[box.end():brace.start()].strip(), box.start()
     found = last(r"\\boxed\s+([^\s$]*[^\s$.,])") or last(r"(?<!#)####[^\S\n]*([^\s#].*)")
     found = found or last(r"(?<!#)#([^\s#].*)")  # "# Check" and "### Check" are headings
-    return (found[1].split(" #")[0].strip("* \t\r"), found.start()) if found else (None, len(text))
+    if not found:
+        return None, len(text)
+    answer = found[1].split(" #")[0]  # up to another marker in the same line
+    return answer.strip("* \t\r"), found.start()
 
 def extract_answer(text):
     r"""Return a response's answer, or None: "3+8\n1\n#1" -> "1"."""
     return find_answer(text)[0]
 
+# To compare answers, `read` rewrites them by SPELLINGS, which spells signs alike by READ_AS. ITEM
+# takes name and unit off each part, TOKEN and PRODUCT cut its value into tokens, and `expression`
+# calculates it by OPERATORS.
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
     \geq=>\ge ≥=>\ge~ >==>\ge~ \neq=>\ne \lt=>< \gt=>> ∞=>\infty~ infinity=>\infty &=>, ;=>, or=>,
-    and=>, ∪=>, \cup=>, \varnothing=>\emptyset \\=>),( \%=>% percent=>% pct=>%""".split())
+    and=>, ∪=>, \cup=>, \varnothing=>\emptyset \\=>),( \%=>% percent=>% pct=>%
+    seconds=>s""".split())
 SPELLINGS = [  # patterns and what replaces them, in this order
     (r"\\(?:text|math|mbox|bold)\w*\s*\{([^{}]*)\}", r" \1 "),  # 5\text{ cm} -> 5 cm
     (r"(?<=\d) ?(?:,\\!|\\,|\{ ?, ?\}) ?(?=\d{3})", ""),  # 1{,}000 -> 1000
@@ -1531,7 +1553,7 @@ TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]
 PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))"
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
-    "/": (2, 3, operator.truediv),  # below mpf() refuses letters, as their roots have two signs
+    "/": (2, 3, operator.truediv),  # below, mpf() refuses letters: their roots could have any sign
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1551,7 +1573,7 @@ def operand(tokens):
         return +REALS.pi
     if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
         return REALS.mpc(*map(random.Random(token).uniform, (0.7, 0.7), (1.4, 1.4)))
-    return REALS.mpf(re.match("[.0-9].*|", token)[0])  # ValueError where it is no number
+    return REALS.mpf(re.match("[.0-9].*|", token)[0])  # of what is no number "": a ValueError
 
 def expression(tokens, least=1):
     """Take an expression off `tokens`, up to the first operator that binds less than `least`.
@@ -1562,7 +1584,7 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    largest = 200 if least == 4 else 1e80  # exponents are small, so that 200 digits are right
+    largest = 200 if least == 4 else 1e80  # 4: an exponent; small ones keep 200 digits right
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")
     return value
@@ -1601,9 +1623,11 @@ def read(text, hundredths):
     for part in split_list(text):
         name, value, unit = ITEM.fullmatch(part).groups()
         values.append(value_of(f"({value})/100" if unit == "%" and hundredths else value))
-        names.append(name and (name, values[-1]))
-        units.add(unit and re.sub(r"[ {}]|s$", "", unit))
-    return sorted(values), sorted(filter(None, names)), sorted(filter(None, units))
+        if name:
+            names.append((name, values[-1]))
+        if unit:
+            units.add(re.sub(r"[ {}]|(?<=\w)s$", "", unit))  # lbs is lb, but s stays s
+    return sorted(values), sorted(names), sorted(units)
 
 def verify(answer, gold):
     """Return whether two answers are equal: "5 cm" is "5" but not "5 kg", "50%" is 50 and 0.5."""
@@ -1650,10 +1674,10 @@ def problem_metrics(responses, config):
     if config.dataset == "chain":
         kinds["sound"] = [text for text in right if is_sound(responses[0].question, text)]
         metrics["distinct_sound"] = len(set(kinds["sound"]))
-    for kind, texts in kinds.items():
+    for kind, passed in kinds.items():
         for n in sorted({1, 4, 16, k}):
             if n <= k:
-                metrics[f"{kind}@{n}"] = pass_at_k(k, len(texts), n)
+                metrics[f"{kind}@{n}"] = pass_at_k(k, len(passed), n)
     return metrics
 
 def evaluate(model, tokenizer, problems, config, file=None):

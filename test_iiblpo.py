@@ -1109,7 +1109,7 @@ def test_the_table_shows_what_grpo_got_with_the_same_settings(folder, capsys):
         run("--max_steps", 1, *flags)
         return capsys.readouterr().out
 
-    hint = "to compare: this with --method grpo --out runs/grpo-policy-0, then"
+    hint = "to compare: run --method grpo --out runs/grpo-policy-0, then this again with --resume"
     assert hint in printed("--out", "runs/alone")
     assert "GRPO's" not in printed("--method", "grpo") and "GRPO's" in printed()
     for i, flags in enumerate((("--eval_prompts", 5), ("--seed", 1), ("--habit", 0), ("--warm_steps", 9))):
@@ -1989,7 +1989,7 @@ def test_what_stands_in_both_scripts_is_in_the_same_words():
     own = ("is_branch", "score: float", "advantage: float")  # what only iiblpo.py's have
     ours["Trajectory"] = [line for line in ours["Trajectory"] if not line.strip().startswith(own)]
     both = set(ours) & set(theirs)
-    both -= {"", "Config", "prepare", "check_policy", "training_step", "show"}  # each its own
+    both -= {"", "Config", "prepare", "check_policy", "training_step", "show", "set_up"}  # each its own
     assert [name for name in both if ours[name] != theirs[name]] == []
     assert len(both) >= 40
 
