@@ -50,12 +50,12 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
-import huggingface_hub
-import mpmath
-import pandas
+import huggingface_hub  # this comes with transformers,
+import mpmath  # this with sympy,
+import pandas  # this with datasets,
 import torch
 import transformers
-import yaml
+import yaml  # and this with transformers
 from tokenizers import Tokenizer, decoders, models
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
