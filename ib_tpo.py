@@ -121,7 +121,8 @@ class Config:
     rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
                             "tree has)", "0..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
-    generate_tokens: int = setting(131072, "size of one `generate` call: rows x longest row", "1..")
+    generate_tokens: int = setting(131072, "size of a `generate` call: rows x (prompt + new tokens)",
+                                   "1..")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0..")
     # Update
@@ -750,7 +751,8 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    sizes = [len(t.prompt) + config.max_new_tokens for t in prefixes]
+    # A call runs until its longest row ends, so rows that may go on for long share a call.
+    sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
     for rows in calls:

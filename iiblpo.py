@@ -119,7 +119,8 @@ class Config:
     prompts_per_step: int = setting(16, "prompts per step", "1..")
     rollouts: int = setting(8, "responses per prompt, also the budget of iiblpo", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
-    generate_tokens: int = setting(131072, "size of one `generate` call: rows x longest row", "1..")
+    generate_tokens: int = setting(131072, "size of a `generate` call: rows x (prompt + new tokens)",
+                                   "1..")
     # Stage 1: branching
     initial: int = setting(2, "M: rollouts per prompt before branching", "1..")
     branches: int = setting(3, "K: branches per rollout", "1..")
@@ -1055,7 +1056,8 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    sizes = [len(t.prompt) + config.max_new_tokens for t in prefixes]
+    # A call runs until its longest row ends, so rows that may go on for long share a call.
+    sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
     for rows in calls:
