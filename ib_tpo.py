@@ -121,7 +121,7 @@ class Config:
     rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
                             "tree has)", "0..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
-    generate_tokens: int = setting(131072, "size of a `generate` call: rows x (prompt + new tokens)",
+    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0..")

@@ -119,7 +119,7 @@ class Config:
     prompts_per_step: int = setting(16, "prompts per step", "1..")
     rollouts: int = setting(8, "responses per prompt, also the budget of iiblpo", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
-    generate_tokens: int = setting(131072, "size of a `generate` call: rows x (prompt + new tokens)",
+    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
     # Stage 1: branching
     initial: int = setting(2, "M: rollouts per prompt before branching", "1..")
