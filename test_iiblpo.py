@@ -95,7 +95,7 @@ def rewarded(folder, monkeypatch):
 
 SMALL = [f"--config={HERE / 'tiny_config.yaml'}", *"--model policy --max_new_tokens 12 --max_steps 4 "
          "--eval_prompts 4 --eval_samples 2 --max_tokens 0 --save_every 2 --lr 1e-3".split()]
-QUICK = [*SMALL, *"--prompts_per_step 4 --rollouts 4 --initial 2 --branches 2 --cvae_pairs 24 "
+QUICK = [*SMALL, *"--keep 0.75 --prompts_per_step 4 --rollouts 4 --initial 2 --branches 2 --cvae_pairs 24 "
          "--cvae_steps 3".split()]
 TREES = [*SMALL, *"--prompts_per_step 3 --tree 2 3 1 1".split()]
 
@@ -2354,7 +2354,7 @@ METHODS = {"grpo": "iiblpo.py --method grpo", "iiblpo": "iiblpo.py", "ib_tpo": "
 SETTINGS = {"long": "--max_tokens 1600000", "habit0": "--habit 0", "habit0.5": "--habit 0.5", "habit0.9": "--habit 0.9"}
 ABLATIONS = {"iiblpo_no_latents": "iiblpo.py --branch_mode random",
              "iiblpo_same_latent": "test_iiblpo.py", "iiblpo_no_decay": "iiblpo.py --psa_halflife 1e9",
-             "iiblpo_no_filter": "iiblpo.py --keep 1", "iiblpo_no_self_reward": "iiblpo.py --kappa 0",
+             "iiblpo_filter": "iiblpo.py --keep 0.75 --beta 4", "iiblpo_no_self_reward": "iiblpo.py --kappa 0",
              "ib_tpo_lambda0": "ib_tpo.py --lam 0", "ib_tpo_paper": "ib_tpo.py --beta 5 --lam 0.1",
              "ib_tpo_independent": "ib_tpo.py --sampler independent", "ib_tpo_random": "ib_tpo.py --sampler random",
              "ib_tpo_entropy": "ib_tpo.py --sampler entropy",
