@@ -677,14 +677,14 @@ def set_up(config):
     pairs = load_problems(config)
     run.model, run.tokenizer = load_policy(config)
     run.problems, run.heldout = [encode(side, run.model, run.tokenizer, config) for side in pairs]
-    run.extra = prepare(run.model, config)  # the latents
+    run.extra = prepare(run.model, config)  # what the method needs besides the policy
     check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
     run.optimizer = torch.optim.AdamW(
         run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
-    if run.extra:
-        run.parts["extra"] = run.extra
+    if any(weight.requires_grad for weight in run.extra.parameters()):
+        run.parts["extra"] = run.extra  # what is frozen, as the reference, is as it was loaded
     if (run.folder / "state.pt").exists():
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -977,7 +977,6 @@ def probe_heads(config):
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets RANK and WORLD_SIZE
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 # Cards before Ampere, such as Colab's T4, only emulate bf16, which is slow: they compute in fp32.
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
