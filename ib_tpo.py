@@ -10,25 +10,27 @@
 
 The first trains a tiny policy on a laptop, the second does so with another sampler, the third
 trains a real model on one GPU. Every field of `Config` is a flag. A `training_step` does this:
-1. Sample B₀ rollouts per prompt, and split them into reasoning steps: `sample`, `split_steps`.
+1. Sample a few rollouts per prompt, and split them into reasoning steps: `sample`, `split_steps`.
 2. Insert them into a tree, which counts how often each step led to a right answer: `insert`.
-3. In L - 1 rounds, branch where the IB-Score is highest: `grow`, `select_nodes`, `ib_score`.
+3. Round by round, continue the nodes of highest IB-Score: `grow`, `select_nodes`, `ib_score`.
 4. Give each step its advantage, from that tree: `step_advantages`.
 5. Take a clipped policy-gradient step on the packed trees: `pack_tree`, `update_on_trees`.
 
 The sections: Config and Trajectory; the tree; the IB-Score; advantages; the update; the training
-step; the run; what only this script needs; supporting code, which is the same in both scripts:
-sampling and log-probabilities, the policy, problems, the tiny task, the verifier, evaluation,
-files. Read the supporting code when you meet it.
+step; the run; the reference policy, the self-check and --show; supporting code, which is the same
+in both scripts: sampling and log-probabilities, the policy, problems, the tiny task, the verifier,
+evaluation, files. Read the supporting code when you meet it.
 
-Left out: vLLM, sharding, rewards other than right or wrong. The paper has temperature 0.7, top-p
-0.95, top-k 20, 2k tokens and DAPO-Math-17K; here responses are sampled without truncation, so that
-ln π is that of the sampling distribution, and the defaults are 1,024 tokens and GSM8K. [O]
+Left out: vLLM, sharded models, rewards other than right or wrong. The paper has temperature 0.7,
+top-p 0.95, top-k 20, 2k tokens and DAPO-Math-17K. Here responses are sampled at temperature 1 and
+without truncation, so that ln π is the log-probability they were drawn with, and the defaults are
+1,024 tokens and GSM8K. [O]
 
 Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
-we could not read its text; [O] our own choice; other marks name their source. Shapes: B rows (but
-in the paper's formulas continuations of a node), T response tokens, S tokens of a packed tree,
-V vocabulary, H width. Entropies and log-probabilities are in nats.
+we could not read its text; [O] our own choice; other marks name their source. Shapes: B rows,
+T tokens of a response or of a step, S tokens of a packed tree, V vocabulary, H width; in formulas
+B₀, L, K, B are the numbers of `Config.tree`, and a* is the right answer. Entropies and
+log-probabilities are in nats.
 """
 import contextlib
 import copy
@@ -50,12 +52,12 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
-import huggingface_hub  # this comes with transformers,
-import mpmath  # this with sympy,
-import pandas  # this with datasets,
+import huggingface_hub  # installed with transformers
+import mpmath  # installed with sympy
+import pandas  # installed with datasets
 import torch
 import transformers
-import yaml  # and this with transformers
+import yaml  # installed with transformers
 from tokenizers import Tokenizer, decoders, models
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -92,7 +94,8 @@ class Config:
     # The run
     model: str = setting("tiny", "a name of the hub such as Qwen2.5-0.5B, a folder, or tiny")
     method: Literal["ib_tpo", "grpo"] = setting(
-        "ib_tpo", "the method; or GRPO: independent rollouts, one advantage per response")
+        "ib_tpo", "the method; or GRPO: independent rollouts, one advantage per response (a step "
+        "that responses share gets the mean of theirs)")
     max_steps: int = setting(200, "largest number of training steps", "1..")
     max_tokens: int = setting(0, "largest number of sampled tokens (0: no limit)", "0..")
     seed: int = setting(0, "seed of problems and sampling", "0..")
@@ -107,14 +110,14 @@ class Config:
                                 "olympiadbench, or as above")
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
                           "\\boxed{}.", "what the policy is asked, with {question} in it")
-    operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "1..")
+    operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "2..")
     habit: float = setting(0.75, "chain: share of the demonstrated lines that reduce the leftmost "
                            "operator by habit", "0..1")
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # The tree
     prompts_per_step: int = setting(16, "prompts per step, with a tree each", "1..")
     tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts, then L - 1 rounds, "
-                              "each with B continuations of K nodes", "1..")
+                              "each with B continuations of K nodes; 12 responses in all", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
         "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: at each place once; "
         "entropy: before the step of highest token entropy; independent: nowhere")
@@ -124,7 +127,7 @@ class Config:
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
-    beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0..")
+    beta: float = setting(5.0, "beta: weight of what a step says about the answer (above 0)", "0..")
     # Update
     advantage: Literal["gl+ib", "gl", "ib", "grpo", "treerl"] = setting(
         "gl+ib", "gl+ib: A_GL + lam A_IB; gl, ib: one of the two; grpo, treerl: those of baselines")
@@ -165,16 +168,16 @@ class Config:
             fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # compared and hashed by identity, so that one can be a key
 class Trajectory:
     """A problem, with a response to it that is complete, cut off, only begun, or still empty."""
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
-    group: int = 0  # which of the step's problems it is
+    group: int = 0  # the number of its problem in the training batch
     response: list[int] = field(default_factory=list)  # T tokens; the last is EOS unless cut off
-    logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old(o_t), as it was sampled
-    entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, likewise
+    logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of each token o_t, recorded in sampling
+    entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, of the distribution that o_t was drawn from
     start: int = 0  # its own tokens are response[start:]; those before came with its prefix
     text: str = ""
     complete: bool = True  # it ended by itself
@@ -185,11 +188,11 @@ class Trajectory:
 
 
 # ==== IBTree: a tree of reasoning steps
-#   p̂(a*|s) = mean reward of the trajectories through step s                                [P]
+#   p̂(a*|s) = mean reward of the trajectories through step s; a* is the right answer         [P]
 #   B₀ rollouts, then L - 1 rounds: B continuations of each of the K nodes of highest IB-Score  [P]
 #   G = B₀ + (L - 1) K B trajectories; siblings of the same tokens are one node              [O]
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # compared and hashed by identity, so that one can be a key
 class Node:
     """A step s, whose ancestors are the steps before it. The root holds the prompt q."""
     tokens: list[int]
@@ -210,7 +213,10 @@ class Node:
 
     @property
     def confidence(self):
-        """Return η₂ = π(s): the tokens' geometric mean, because their product underflows. [O]"""
+        """Return η₂, the geometric mean of the step's token probabilities. [O]
+
+        The paper has π(s), their product, which would be near 0 for long steps.
+        """
         return self.logps.mean().exp().item()
 
     def path(self):
@@ -232,23 +238,25 @@ class Node:
 def split_steps(token_ids, tokenizer, delimiter):
     """Return the steps s_1 ... s_n of a response, lists of tokens.
 
-    A step ends with the token that completes a delimiter ("\\n\\n" [P]). What follows the last
-    delimiter is the last step: "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
+    A step ends with the token that completes a delimiter, in the paper "\\n\\n". [P] What follows
+    the last delimiter is the last step. With the delimiter "\\n",
+    "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
     """
     texts = {token: tokenizer.decode(token, skip_special_tokens=True) for token in set(token_ids)}
-    steps, text = [], delimiter  # so that the first token begins a step
+    steps, text = [[]], ""
     for token in token_ids:
+        steps[-1].append(token)
+        text += texts[token]
         if delimiter in text:
             steps.append([])
             text = ""
-        steps[-1].append(token)
-        text += texts[token]
-    return steps
+    return [step for step in steps if step]  # nothing may follow the last delimiter
 
 def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
-    """Add a trajectory (its steps, their [T] log-probs, its reward 0 or 1); return its leaf.
+    """Add a trajectory to its tree; return its leaf.
 
-    Its first `start` tokens came with its prefix; it drew the steps that begin at `start` or later.
+    steps: lists of tokens; step_logps, step_entropy: a [T] for each; reward: 0 or 1. The first
+    `start` tokens of the trajectory came with its prefix; the steps after them it drew itself.
     """
     path = [root]
     for i, tokens in enumerate(steps):
@@ -260,7 +268,7 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
             if step_entropy is not None:
                 child.entropy = step_entropy[i]
             parent.children.append(child)
-        if child.end - len(tokens) >= start:
+        if parent.end >= start:
             child.drawn += 1
         path.append(child)
     for node in path:
@@ -296,13 +304,14 @@ def grow(model, tokenizer, problems, config, rng):
         for t in problems:
             for node in select_nodes(roots[t.group], K, config.sampler, config, rng):
                 node.branched += 1
-                prefixes += [go_on_from(node, t)] * B
+                prefixes += [prefix_at(node, t)] * B
         trajectories += extend_trees(model, tokenizer, roots, prefixes, config)
     return roots, trajectories
 
-def go_on_from(node, problem):
-    """Return the problem with the response up to the end of a node's step, to sample on from."""
+def prefix_at(node, problem):
+    """Return the problem with the steps down to a node as its response, to be continued."""
     path = node.path()
+    # The problem's logps and entropy are empty; `cat` needs them at the root, whose path is empty
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
                    entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
@@ -312,12 +321,17 @@ def go_on_from(node, problem):
 #   J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b), over the B sub-steps s_b sampled at v       [P]
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β), v the parent of s         [P]
 #   confidence        η₂(s) = π(s)                                                     [P]
-# How the second line may follow from the first, which we had to reconstruct: [O]
+# Our reconstruction of how the second line follows from the first: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   the mean of 1 - π(s) over s ~ π(s|a*,v), by Bayes
 #   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/B Σ_b η₁ η₂, which ranks nodes as the above does
-# H(s|a*,v) so written is a cross-entropy: a Gini entropy would be the mean of 1 - π(s|a*,v).
-# Where p̂(a*|s) = p̂(a*|v), as when all are right, η₁ = -1/β: less confident nodes score higher.
+# So the second line needs a cross-entropy for H(s|a*,v). The Gini entropy, which the first line
+# names, is the mean of 1 - π(s|a*,v). With the geometric mean for π(s), the code keeps the form of
+# the second line, but not its derivation.
+# How to read the score: as long as no child of v was continued, its children's mean η₁ is -1/β, so
+# that J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). It is high where confidence and gain agree, and
+# where the policy is not confident. With one child, or with children that are all right, it is
+# -(1+β)/β mean η₂: only confidence counts.
 
 def information_gain(node, beta):
     """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
@@ -332,9 +346,9 @@ def ib_score(node, beta):
     A child counts once per trajectory that sampled it. Trajectories that were continued from it, or
     from below it, got it in their prefix, and do not count.
     """
-    B = sum(s.drawn for s in node.children)
-    return (1 + beta) / B * sum(s.drawn * information_gain(s, beta) * s.confidence
-                                for s in node.children)
+    drawn = sum(s.drawn for s in node.children)  # the formula's B
+    total = sum(s.drawn * information_gain(s, beta) * s.confidence for s in node.children)
+    return (1 + beta) / drawn * total
 
 def ib_covariance(node, beta):
     """Return Cov(η₁, η₂) over the sub-steps drawn at a node; under GRPO it falls to zero. [P]"""
@@ -346,9 +360,9 @@ def select_nodes(root, k, sampler, config, rng):
     """Return the k nodes to branch from; a node must have children, and room for more tokens.
 
     ib: those of highest J_IB; random: any, as in RandTree. [P]
-    entropy: those with a child that has a token of highest H_t (EPTree: at the token of highest
-    -ln π itself); fixed: from the root down (TreePO: by length). Both prefer the nodes that were
-    branched from least often. [O]
+    entropy: those before the step with the highest H_t, where EPTree branches inside a step, at the
+    token of highest -ln π. fixed: in order of depth, where TreePO branches every so many tokens.
+    Both take the nodes that were branched from least often first. [O]
     If there are fewer than k nodes, they are repeated.
     """
     nodes = [n for n in root.walk() if n.children and n.end < config.max_new_tokens]
@@ -379,7 +393,7 @@ def step_advantage(node, root, config):
     `grpo` is A_GL with GRPO's std + 1e-4. `treerl` is TreeRL's advantage [arXiv 2506.11902].
     """
     gain = node.value - root.value
-    std = math.sqrt(root.value * (1 - root.value))  # of the G rewards, because each is 0 or 1
+    std = math.sqrt(root.value * (1 - root.value))  # of G rewards of 0 or 1 with this mean
     if config.advantage == "grpo":
         return gain / (std + 1e-4)
     if config.advantage == "treerl":
@@ -393,15 +407,14 @@ def step_advantages(root, config):
     return {step: step_advantage(step, root, config) for step in root.walk()[1:]}
 
 # ==== Update on packed trees
-#   L = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over the tokens of all G trajectories  [P]
-#       each of these tokens has weight 1; r_t is bounded by 3 where A < 0                 [O]
-# Steps that trajectories share are run once. The tree lies depth-first in one sequence: a token
-# sees its ancestors and itself, its position is its depth, and as it stands for the same token of
-# all trajectories through it, it has their number for a weight. The gradient is that of G separate
-# rows with the advantages A(s). [O]
+#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over the tokens of all G trajectories  [P]
+#          each of these tokens has weight 1; r_t is bounded by 3 where A < 0                 [O]
+# Steps that trajectories share are run once. The tree lies depth-first in one sequence. There a
+# token sees its ancestors and itself, its position is its depth, and its weight is the number of
+# trajectories through it. The gradient is that of G separate rows with the advantages A(s). [O]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """Return L without the self-reward, and statistics: the mean ratio, the share of tokens cut.
+    """Return the clipped part of the loss, and statistics: the mean ratio, the share of tokens cut.
 
     logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or the weights of tokens. PPO's
     clip leaves r_t unbounded where A < 0; there the dual clip bounds it [arXiv 1912.09729]. A token
@@ -412,9 +425,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
-    too_far_up = (advantages > 0) & (ratio > 1 + config.clip_high)
-    too_far_down = (advantages < 0) & ((ratio < 1 - config.clip_low) | (ratio > 3.0))
-    cut = too_far_up | too_far_down
+    cut_if_right = ratio > 1 + config.clip_high
+    cut_if_wrong = (ratio < 1 - config.clip_low) | (ratio > 3.0)
+    cut = torch.where(advantages > 0, cut_if_right, cut_if_wrong & (advantages < 0))
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
@@ -422,13 +435,19 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def pack_tree(root, advantages):
     """Pack a tree into one sequence of S tokens: the prompt, then every step exactly once.
 
-    Return tensors [S]: input_ids, previous (the index of the token before it in its trajectory,
-    whose state predicts it), weights (how many trajectories go through the token), advantages and
-    logps (ln π_old), these three 0 for the prompt; and attention_mask [S, S]. A prompt q with the
-    steps a and b behind it, and c behind a, packs to
+    Return these tensors, all [S] but the last:
 
-        q a c b      q sees q; a sees q a; c sees q a c; b sees q b
-        0 1 2 1      the positions, if each has one token
+        input_ids       the tokens
+        previous        index of the token before it in its trajectory, whose state predicts it
+        weights         number of trajectories through it, 0 for the prompt
+        advantages      A(s) of its step, 0 for the prompt
+        logps           ln π_old, 0 for the prompt
+        attention_mask  [S, S], true where a row's token sees a column's
+
+    A prompt q with children a and b, and a child c of a, packs to
+
+        q a c b         q sees q; a sees q a; c sees q a c; b sees q b
+        0 1 2 1         the positions, if each has one token
     """
     nodes = root.walk()
     last = {}  # node: index of its last token
@@ -479,7 +498,7 @@ def k3(logp, reference):
     return (reference - logp).exp() - 1 - (reference - logp)
 
 def trees_loss(model, packs, config, reference):
-    """Return L of packed trees, a mean over the tokens of their trajectories, and other means.
+    """Return the loss, a mean over the tokens of all trajectories of the trees, and other means.
 
     `sampling_gap` is |ln π - ln π_old|. Before a batch's first optimizer step it is rounding noise,
     or a bug.
@@ -496,6 +515,10 @@ def trees_loss(model, packs, config, reference):
         loss = loss + config.kl * means["policy_kl"]
     return loss, means
 
+def trajectory_tokens(packs):
+    """Return how many tokens the trajectories of packed trees have, shared ones each time."""
+    return sum(pack["weights"].sum().item() for pack in packs)
+
 def update_on_trees(model, optimizer, roots, config, reference=None):
     """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
 
@@ -505,21 +528,21 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
     sums = Counter(loss=0, tokens_trained=0, tokens_unique=0)
     norm = 0.0
     for i in range(config.updates_per_step):
-        part = packs[i::config.updates_per_step]
-        tokens = sum(gather([sum(pack["weights"].sum().item() for pack in part)]))
+        minibatch = packs[i::config.updates_per_step]
+        tokens = sum(gather([trajectory_tokens(minibatch)]))  # of all processes
         if config.kl == 0:
-            part = [pack for pack in part if pack["advantages"].any()]
-        sizes = [len(pack["input_ids"]) for pack in part]
+            minibatch = [pack for pack in minibatch if pack["advantages"].any()]
+        sizes = [len(pack["input_ids"]) for pack in minibatch]
         for rows in progress(micro_batches(sizes, config.micro_tokens), "update"):
-            micro = [part[row] for row in rows]
+            micro = [minibatch[row] for row in rows]
             with recompute_layers(model, config):
                 loss, means = trees_loss(model, micro, config, reference)
-            micro_tokens = sum(pack["weights"].sum().item() for pack in micro)
-            (micro_tokens / tokens * loss).backward()
-            sums["loss"] += micro_tokens / tokens * loss.item() / config.updates_per_step
+            share_of_tokens = trajectory_tokens(micro) / tokens
+            (share_of_tokens * loss).backward()  # the micro-batches add up to the minibatch's mean
+            sums["loss"] += share_of_tokens * loss.item() / config.updates_per_step
             sums["tokens_unique"] += sum((pack["weights"] > 0).sum().item() for pack in micro)
-            add_means(sums, means, micro_tokens)
-        if sum(gather([len(part)])) > 0:
+            add_means(sums, means, trajectory_tokens(micro))
+        if sum(gather([len(minibatch)])) > 0:
             norm = take_step(model, optimizer, config)
     return total_means(sums) | {"grad_norm": norm}
 
@@ -527,7 +550,7 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
 
 def training_step(model, tokenizer, optimizer, reference, problems, config, step):
     """Do one step of the method; return its line of metrics.jsonl."""
-    # Seeded by the step alone, so that a resumed run draws the same numbers
+    # Seeded by the run's seed and the step only, so that a resumed run draws the same numbers
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62) + RANK)
     began = time.time()
@@ -539,26 +562,33 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
     # 4 and 5: advantages of the steps, and the update
     grown = time.time()
     stats = update_on_trees(model, optimizer, list(roots.values()), config, reference)
+    stats |= {"rollout_s": grown - began, "update_s": time.time() - grown}
 
-    # Log
+    # Log. Rewards are means over the trees' trajectories, whose prefixes were chosen by outcome: to
+    # compare samplers, evaluate
     if step % 10 == 0:
         print_response(trajectories[0])
     nodes = [node for root in roots.values() for node in root.walk() if node.children]
     scores = gather([ib_score(node, config.beta) for node in nodes])
     covs = gather([ib_covariance(node, config.beta) for node in nodes if len(node.children) > 1])
-    metrics = {"ib_score": sum(scores) / len(scores), "cov": sum(covs) / max(1, len(covs)),
-               "rollout_s": grown - began, "update_s": time.time() - grown}
-    return rollout_metrics(trajectories) | stats | metrics
+    stats |= {"ib_score": sum(scores) / len(scores), "cov": sum(covs) / max(1, len(covs))}
+    return rollout_metrics(trajectories) | stats
+
+def set_schedule(run, config):
+    """Set what changes over a run: the learning rate rises for 20 steps. [O]"""
+    step = len(run.state["log"])
+    run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)
 
 # ==== The run
 
 def set_up(config):
-    """Return what a run works with: policy, problems, optimizer, and its state so far."""
+    """Return what a run works with; a new run is evaluated here, before it trains."""
     run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
     print_machine()
-    pairs = load_problems(config)
+    training, heldout = load_problems(config)
     run.model, run.tokenizer = load_policy(config)
-    run.problems, run.heldout = [encode(side, run.model, run.tokenizer, config) for side in pairs]
+    run.problems = encode(training, run.model, run.tokenizer, config)
+    run.heldout = encode(heldout, run.model, run.tokenizer, config)
     run.extra = prepare(run.model, config)  # what the method needs besides the policy
     check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
     run.optimizer = torch.optim.AdamW(
@@ -566,7 +596,7 @@ def set_up(config):
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
     if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # what is frozen, as the reference, is as it was loaded
+        run.parts["extra"] = run.extra  # a frozen reference need not be saved: it is loaded anew
     if (run.folder / "state.pt").exists():
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -575,16 +605,17 @@ def set_up(config):
     return run
 
 def train(config):
-    """Evaluate, train until the budget is spent, evaluate again; return the summary."""
+    """Set up, train until the budget is spent, and evaluate; return the summary."""
     run = set_up(config)
     model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
     tokens = sum(line["tokens_sampled"] for line in log)
-    began, done_before = time.time(), share_done(len(log), tokens, config)
-    while share_done(len(log), tokens, config) < 1:
+    run.done = done_before = share_done(len(log), tokens, config)
+    began = time.time()
+    while run.done < 1:
         step = len(log)
         if step % config.save_every == 0:
             save_state(run.folder, run.state, run.parts)
-        run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
+        set_schedule(run, config)
         metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.extra,
                                                  run.problems, config, step)
         if config.eval_every and (step + 1) % config.eval_every == 0:
@@ -593,8 +624,8 @@ def train(config):
         log.append(metrics)
         save_lines(run.folder / "metrics.jsonl", log)
         tokens += metrics["tokens_sampled"]
-        done = share_done(len(log), tokens, config)
-        left = (time.time() - began) * max(0, 1 - done) / (done - done_before)
+        run.done = share_done(len(log), tokens, config)
+        left = (time.time() - began) * max(0, 1 - run.done) / (run.done - done_before)
         print_step(metrics, config, tokens, left)
     save_state(run.folder, run.state, run.parts)
 
@@ -607,16 +638,19 @@ def train(config):
     return summary
 
 
-# ==== What only this script needs
+# ==== The reference policy, the self-check, --show
 
 def prepare(model, config):
-    """Return the reference policy of the KL, or an empty list if there is no KL.
+    """Return the reference policy of the KL, or an empty ModuleList if there is no KL.
 
-    Ends the program in one line if the model would not respect the attention mask of a tree.
+    End the program with a one-line message if the model would not respect a tree's attention mask.
     """
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(model.config, "sliding_window", None):
-        fail(f"packed trees need full attention; {type(model).__name__} has a window or {kinds}")
+    settings = model.config.to_dict()
+    kinds = set(settings.get("layer_types") or ["full_attention"])
+    window = settings.get("sliding_window")
+    if window or kinds != {"full_attention"}:
+        fail(f"packed trees need full attention, but {type(model).__name__} has layers of types "
+             f"{', '.join(sorted(kinds))}, and the window {window}")
     if config.kl == 0:
         return torch.nn.ModuleList()
     return copy.deepcopy(model).requires_grad_(False)
@@ -624,8 +658,9 @@ def prepare(model, config):
 def check_policy(model, tokenizer, reference, problems, config):
     """Compare ln π as recorded while sampling with a plain pass of the row and a packed tree. [O]
 
-    Ends the program in one line for models that do not take positions and mask as given, such as
-    those with ALiBi or local attention: their updates would be silently wrong.
+    End the program with a one-line message for models that do not take positions and mask as given,
+    such as those with ALiBi or local attention, because their updates would be silently wrong. The
+    reference needs no check: it begins as a copy of the policy.
     """
     torch.manual_seed(config.seed)
     ordered = sorted(problems, key=len)  # two short and two long prompts, so that there is padding
@@ -647,8 +682,11 @@ def check_policy(model, tokenizer, reference, problems, config):
     report_gaps({"a row alone": torch.cat(alone), "a packed tree": torch.cat(packed)})
 
 def show(config):
-    """Print the tree of a held-out problem; after a run, with --model RUN/model."""
-    _, heldout = load_problems(config)  # first: a mistyped data set shows sooner than a model
+    """Print the tree of a held-out problem, after a run with --model RUN/model.
+
+    If that is a tiny policy, give --config tiny_config.yaml as well.
+    """
+    _, heldout = load_problems(config)  # first: a mistyped data set shows sooner
     model, tokenizer = load_policy(config)
     heldout = encode(heldout, model, tokenizer, config)
     torch.manual_seed(config.seed)
@@ -677,7 +715,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # repository:configuration on the hub; its columns [who uses them]
+HUB = {  # name: repository:configuration on the hub  # columns that we read [who reads them]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -895,7 +933,7 @@ def shard(problems):
 def load_policy(config):
     """Return the policy, in fp32 and without dropout, and its tokenizer.
 
-    Ends the program in one line where they cannot be loaded or used.
+    End the program with a one-line message where they cannot be loaded or used.
     """
     name = config.model
     if name == "tiny":
@@ -963,12 +1001,12 @@ def load_problems(config):
     """Return the problems to train on and the held-out ones, two lists of (question, gold).
 
     Held-out problems: `eval_prompts` of `eval_dataset`, else of the data set's test split, else the
-    last ones of its training split, at most half. Ends the program in one line if loading fails.
+    last ones of its training split, at most half. End the program with a one-line message if
+    loading fails.
     """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
-        # seeds with names: random.Random(-1) would be Random(1), the stream of --seed 1
-        rng = random.Random(f"train {config.seed}")
+        rng = random.Random(f"train {config.seed}")  # no seed is "held out": see below
         train = chain_questions(rng, config.operands, False, 4096)
         heldout = chain_questions(random.Random("held out"), config.operands, True, n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
@@ -1009,7 +1047,7 @@ def read_rows(table, name):
     """Return (question, gold) of each row of a table.
 
     Rows with an empty box for an answer are left out, as two of MATH's are. Other rows without a
-    question or an answer end the program in one line.
+    question or an answer end the program with a one-line message.
     """
     pairs = []
     for row in table:
@@ -1160,13 +1198,14 @@ def warm_start(config):
         digits = rng.randint(low, high)  # one length a batch: nothing to pad
         questions = chain_questions(rng, [digits, digits], False, 64)
         pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
-        problems = encode(pairs, model, tokenizer, config)  # their `gold` is a whole demonstration
-        ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + [1] for t in problems])
+        problems = encode(pairs, model, tokenizer, config)  # with a demonstration in place of gold
+        end = [tokenizer.eos_token_id]
+        ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + end for t in problems])
         labels = ids.clone()
         labels[:, :len(problems[0].prompt)] = -100
         model(ids.to(DEVICE), labels=labels.to(DEVICE)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        pace = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)
+        pace = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)  # up, then down to 0
         for optimizer, lr in (muon, 0.02), (adam, 0.003):
             optimizer.param_groups[0]["lr"] = lr * pace
             optimizer.step()
@@ -1218,9 +1257,12 @@ def extract_answer(text):
     r"""Return a response's answer, or None: "3+8\n1\n#1" -> "1"."""
     return find_answer(text)[0]
 
-# To compare answers, `read` rewrites them by SPELLINGS, which spells signs alike by READ_AS. ITEM
-# takes name and unit off each part, TOKEN and PRODUCT cut its value into tokens, and `expression`
-# calculates it by OPERATORS.
+# To compare answers, `read` takes these stages, shown on x = 2\dfrac12\text{ cm}:
+#   SPELLINGS, READ_AS    one spelling for all           x = (2+\frac12) cm
+#   split_list, ITEM      the parts of a list            name x, value (2+\frac12), unit cm
+#   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
+#   OPERATORS             `expression` calculates it     2.5
+# In READ_AS, ~ is a blank, which its pairs cannot contain.
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
@@ -1250,7 +1292,8 @@ TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]
 PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))"
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
-    "/": (2, 3, operator.truediv),  # below, mpf() refuses letters: their roots could have any sign
+    "/": (2, 3, operator.truediv),
+    # Letters are complex values, which mpf() refuses: a root such as x^(1/2) has two signs
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1270,7 +1313,7 @@ def operand(tokens):
         return +REALS.pi
     if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
         return REALS.mpc(*map(random.Random(token).uniform, (0.7, 0.7), (1.4, 1.4)))
-    return REALS.mpf(re.match("[.0-9].*|", token)[0])  # of what is no number "": a ValueError
+    return REALS.mpf(token if token[:1] in set(".0123456789") else "")  # "": a ValueError
 
 def expression(tokens, least=1):
     """Take an expression off `tokens`, up to the first operator that binds less than `least`.
@@ -1281,7 +1324,8 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    largest = 200 if least == 4 else 1e80  # 4: an exponent; small ones keep 200 digits right
+    # 4 means an exponent; exponents stay small, so that 200 of the 300 digits are right
+    largest = 200 if least == 4 else 1e80
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")
     return value
@@ -1306,6 +1350,7 @@ def value_of(text):
         value = expression(tokens)
         if tokens == [""]:
             return REALS.nstr(REALS.chop(value), 200)
+    # No number: compare as text, words without regard to case, single letters with it
     words = re.sub(r"\{ (\S+) \}", r"\1", words)
     return words.lower() if re.fullmatch("[A-Za-z]{2,}|[A-Za-z]+( [A-Za-z]+)+", words) else words
 
@@ -1331,10 +1376,12 @@ def verify(answer, gold):
     if answer is None or max(len(answer), len(gold)) > MAX_LENGTH:
         return False
     for hundredths in (False, True):
-        (values, *labels), (golds, *others) = read(answer, hundredths), read(gold, hundredths)
-        clash = any(a and b and a != b for a, b in zip(labels, others))
-        if values == golds and not clash and re.search(r"\w", str(values)):
-            return True
+        values, names, units = read(answer, hundredths)
+        gold_values, gold_names, gold_units = read(gold, hundredths)
+        names_differ = names and gold_names and names != gold_names
+        units_differ = units and gold_units and units != gold_units
+        if values == gold_values and not names_differ and not units_differ:
+            return re.search(r"\w", str(values)) is not None  # dots alone are no answer
     return False
 
 def pass_at_k(n, c, k):
@@ -1437,10 +1484,10 @@ def parse_config(script, argv):
             settings = content["common"] | content[script]
         except Exception as e:
             fail(f"cannot read {file}, of sections common and {script}: {e!r}")
-        for name, value in settings.items():  # as flags, so that one parser reads both
+        for name, value in settings.items():  # as flags before the given ones: the last one wins
             values = value if isinstance(value, list) else [value]
             argv = [f"--{name}", *map(str, values)] + argv
-    config = parser.parse_args(argv, Config())
+    config = parser.parse_args(argv, namespace=Config())
     for option in fields(config):
         low, _, high = option.metadata.get("metavar", "").partition("..")
         value = getattr(config, option.name)
@@ -1453,7 +1500,8 @@ def parse_config(script, argv):
 def save_atomically(path, write):
     """Let `write` make a file or folder beside `path`, then rename it: it is never half written.
 
-    Ends the program in one line if the disk refuses; what `path` held before is then still there.
+    End the program with a one-line message if the disk refuses; what `path` held before is then
+    still there.
     """
     if RANK > 0:
         return
@@ -1509,7 +1557,7 @@ def folder_of(config):
 def load_state(folder, config, parts):
     """Restore the `parts`, {name: module or optimizer}, from state.pt; return what else it holds.
 
-    Ends the program in one line where the run was begun with other settings.
+    End the program with a one-line message where the run was begun with other settings.
     """
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
                   "micro_tokens", "generate_tokens", "recompute")
@@ -1569,16 +1617,26 @@ def print_table(folder, summary):
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
     grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)
-    grpo = grpo / "summary.json"
-    if grpo.exists() and grpo.parent != folder:
-        other = json.loads(grpo.read_text(encoding="utf-8"))
+    if (grpo / "summary.json").exists() and grpo != folder:
+        other = json.loads((grpo / "summary.json").read_text(encoding="utf-8"))
         alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps",
                  "max_tokens", "eval_prompts", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print(f"\nto compare: run --method grpo --out {grpo.parent}, then this again with --resume")
-    print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
+        print(f"\nto compare: run --method grpo --out {grpo}, then this again with --resume")
+    print(f"\n{table.round(3)}\n\n{in_words(summary)}")
+    print(f"{summary['seconds']:.0f} s; everything is in {folder}")
+
+def in_words(summary):
+    """Return what the table says, in a sentence of three numbers."""
+    before, after = summary["before"], summary["after"]
+    k = summary["config"]["eval_samples"]
+    solved, kinds = f"pass@{k}", "distinct_correct"
+    return (f"{after['pass@1']:.0%} of the responses are right (before: {before['pass@1']:.0%}), "
+            f"{after[solved]:.0%} of the problems have a right one\namong {k} "
+            f"(before: {before[solved]:.0%}), and a problem has {after[kinds]:.2f} different right "
+            f"responses (before: {before[kinds]:.2f}).")
 
 def main(argv=None):
     """Run the command line; return the run's summary."""

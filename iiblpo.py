@@ -19,17 +19,20 @@ trains a real model on one GPU. Every field of `Config` is a flag. A `training_s
 5. Update the policy, without latents, by GRPO's loss and the IB self-reward: `update`.
 
 The sections: Config and Trajectory; stage 1, branching; stage 2, the information bottleneck; the
-update; the training step; the run; what only this script needs; supporting code, which is the same
-in both scripts: sampling and log-probabilities, the policy, problems, the tiny task, the verifier,
-evaluation, files. Read the supporting code when you meet it.
+update; the training step; the run; the latents' training and log-probabilities; the baselines,
+--show and --probe_heads; supporting code, which ib_tpo.py repeats word for word: sampling, the
+policy, problems, the tiny task, the verifier, evaluation, files. Read the supporting code when you
+meet it.
 
-Left out: vLLM, sharded models, rewards other than right or wrong. Unlike in the released code, the
-latents are trained through the policy that they steer.
+Left out: vLLM, sharded models, rewards other than right or wrong. The largest difference to the
+released code: here the latents learn to make the policy's own responses likelier when they steer
+it. README.md lists the others.
 
-Marks: [P] the paper's abstract, figures and tables, [P, reported] what others report of its text,
-which we could not read, [C] the released code, [O] our own choice; other marks name their source.
+Marks: [P] the paper's abstract, figures and tables; [P, reported] the paper's text as others report
+it, because we could not read the text itself; [C] the released code; [O] our own choice; other
+marks name their source.
 Shapes: B rows, T response tokens, V vocabulary, H width (H_t and H(...) are entropies), Z latent
-dimensions, D width of a head, P longest prompt of a batch, Q and K columns of queries and keys.
+dimensions, D width of a head, P longest prompt of a batch, Q and C columns of queries and keys.
 All information is in nats.
 """
 import contextlib
@@ -51,12 +54,12 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
-import huggingface_hub  # this comes with transformers,
-import mpmath  # this with sympy,
-import pandas  # this with datasets,
+import huggingface_hub  # installed with transformers
+import mpmath  # installed with sympy
+import pandas  # installed with datasets
 import torch
 import transformers
-import yaml  # and this with transformers
+import yaml  # installed with transformers
 from tokenizers import Tokenizer, decoders, models
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -111,13 +114,14 @@ class Config:
                                 "olympiadbench, or as above")
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
                           "\\boxed{}.", "what the policy is asked, with {question} in it")
-    operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "1..")
+    operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "2..")
     habit: float = setting(0.75, "chain: share of the demonstrated lines that reduce the leftmost "
                            "operator by habit", "0..1")
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt, also the budget of iiblpo", "1..")
+    rollouts: int = setting(8, "responses per prompt; iiblpo may sample as many tokens as these "
+                            "would have", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
@@ -125,26 +129,29 @@ class Config:
     initial: int = setting(2, "M: rollouts per prompt before branching", "1..")
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
-        "psa", "psa: each branch has a latent; random: branches at the same places, no latents")
+        "psa", "psa: each branch has its latent; random: branches differ by chance alone, without "
+        "latents")
     top_frac: float = setting(0.05, "rho: share of a response's tokens, those of highest entropy, "
                               "at which it may branch", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
-    psa_gamma: float = setting(1.0, "gamma: strength of the latent", "0..")
+    psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
+                               "the run", "0..")
     psa_halflife: float = setting(8.0, "tokens after which the shift of the norms halves", "0..")
     z_dim: int = setting(128, "dimensions of the latent", "1..")
     cvae_pairs: int = setting(512, "most continuations that the latents learn from", "1..")
     cvae_steps: int = setting(200, "training steps of the latents", "1..")
     # Stage 2: information bottleneck
-    keep: float = setting(0.75, "share kept of a prompt's right, and of its wrong branches", "0..1")
+    keep: float = setting(0.75, "share of a prompt's right branches that is kept, and likewise "
+                          "of its wrong ones (1: all)", "0..1")
     beta: float = setting(1.0, "beta: weight of the answer term in S_IB", "0..")
     ib_rounds: int = setting(1, "how many times stages 1 and 2 are run", "1..")
     kappa: float = setting(0.005, "kappa: weight of the self-reward", "0..")
     # Update
     lr: float = setting(1e-6, "learning rate of AdamW", "0..")
-    updates_per_step: int = setting(1, "minibatches per batch, one optimizer step each; with 1, "
-                                    "only the ratios of branches differ from 1", "1..")
+    updates_per_step: int = setting(1, "minibatches per batch, each with an optimizer step of its "
+                                    "own", "1..")
     clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ...", "0..1")
-    clip_high: float = setting(0.2, "... and to 1 + clip_high (dapo: 1.28)", "0..")
+    clip_high: float = setting(0.2, "... and to 1 + clip_high (dapo: at least 0.28)", "0..")
     entropy_bonus: float = setting(0.003, "entropy_reg: weight of the mean entropy", "0..")
     max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped", "0..")
     micro_tokens: int = setting(4096, "size of one training pass: rows x longest row", "1..")
@@ -172,16 +179,16 @@ class Config:
             fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # compared and hashed by identity, so that one can be a key
 class Trajectory:
     """A problem, with a response to it that is complete, cut off, only begun, or still empty."""
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
-    group: int = 0  # which of the step's problems it is
+    group: int = 0  # the number of its problem in the training batch
     response: list[int] = field(default_factory=list)  # T tokens; the last is EOS unless cut off
-    logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old(o_t), as it was sampled
-    entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, likewise
+    logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of each token o_t, recorded in sampling
+    entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, of the distribution that o_t was drawn from
     start: int = 0  # its own tokens are response[start:]; those before came with its prefix
     text: str = ""
     complete: bool = True  # it ended by itself
@@ -197,23 +204,29 @@ class Trajectory:
 # ==== Stage 1: entropy-driven latent branching
 #   token entropy          H_t = -Σ_v p_t(v) ln p_t(v)                                 [P]
 #   where it hesitates     Ω = the top ρ of a response's positions by H_t              [P, reported]
-#                          t* ~ Uniform(Ω); the released code takes the argmax         [P, reported]
+#                          t* ~ Uniform(Ω)                                             [P, reported]
 #   the prefix             c = (q, o_<t*)                                              [O]
 #   a latent per branch    z_1 ... z_K ~ p_ψ(z | c)                                    [P]
-#   their training         ELBO = ln π(o_>=t* | c, z) - KL(q_φ || p_ψ) / 2, z ~ q_φ(z | c, o_>=t*)
-#                          the decoder π is the policy itself, frozen                  [O]
+#   their training         maximises the ELBO, here with half of the KL:               [P]
+#                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ) / 2, z ~ q_φ(z | c, o_>=t*)
+#                          its decoder π is the policy itself, frozen and steered      [O]
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V],  norms w' = w + w_z        [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = γ W_K z,  v_z = γ W_V z,  w_z = γ 2^(-age/half-life) W_N z      [O]
-# The paper's figure and the released code keep o_t* in c. Here each branch draws o_t* anew, because
-# H_t* is the entropy of that choice. The released code samples with top-p 0.9, we do not. [O]
+#                          γ falls linearly to 0 over the run: see set_schedule        [O]
+# The released code takes the position of highest H_t for t*. The paper's figure and the code keep
+# o_t* in c. Here each branch draws o_t* anew, because H_t* is the entropy of that choice. The
+# released code samples with top-p 0.9, whereas we do not truncate. [O]
+# Why γ falls over the run: the latents know the first policy only. At constant γ they steer the
+# later policy away from what it has learnt, and some runs of the tiny task lost their arithmetic.
 
 def branch_positions(entropy, mask, top_frac, generator=None):
     """Draw t* of each response from its positions of highest entropy; return them, [B].
 
-    entropy, mask: [B, T]. Candidates are all positions in the mask but the first, that of EOS
-    included. [C] Of n candidates the floor(ρ n) of highest entropy, at least one, form Ω. A
-    response without candidates has t* = 0.
+    entropy, mask: [B, T]. Candidates are all positions in the mask except the first, because a
+    branch at the first is a rollout anew. The position of EOS is a candidate, too. [C] Of n
+    candidates the floor(ρ n) of highest entropy, at least one, form Ω. A response without
+    candidates has t* = 0.
     """
     positions = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
@@ -227,7 +240,8 @@ def branch_positions(entropy, mask, top_frac, generator=None):
 def prefixes_to_branch(parents, config):
     """Draw t* of each response; return its prefix c = (q, o_<t*), from which a branch goes on."""
     entropy = pad([t.entropy for t in parents], padding_value=-1)
-    positions = branch_positions(entropy, entropy >= 0, config.top_frac).tolist()
+    mask = entropy >= 0  # only the padding is negative
+    positions = branch_positions(entropy, mask, config.top_frac).tolist()
     return [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], start=n,
                     is_branch=True) for t, n in zip(parents, positions)]
 
@@ -269,9 +283,9 @@ class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
     It enters the last four layers, and its maps are initialised with std 0.01. [C]
-    Each layer has its own linear maps. The key k_z is not rotated, as if at RoPE position 0. A
-    latent acts from column `born` on, the one whose state predicts o_t*: only columns of
-    age = column - born >= 0 attend to it. [O]
+    Each layer has its own linear maps. The key k_z is not rotated, as if at RoPE position 0. Let
+    `born` be the column whose state predicts o_t*, and age = column - born. Only columns of
+    age >= 0 attend to the latent's slot, and only their norms are shifted. [O]
     A small γ does not make the slot vanish: a key near zero still takes attention. Only at γ = 0 is
     there no slot.
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
@@ -280,11 +294,12 @@ class PseudoSelfAttention(torch.nn.Module):
     def __init__(self, model, config):
         super().__init__()
         layers = model.base_model.layers[-config.psa_layers:]
-        heads, head_dim = model.config.num_key_value_heads, layers[0].self_attn.head_dim
-        self.shape = (len(layers), heads, 1, head_dim)
+        kv_heads, head_dim = model.config.num_key_value_heads, layers[0].self_attn.head_dim
+        self.slot_shape = (len(layers), kv_heads, 1, head_dim)  # of a row's k_z, and of its v_z
         width = len(layers) * model.config.hidden_size
-        self.to_key = torch.nn.Linear(config.z_dim, math.prod(self.shape), bias=False)  # W_K
-        self.to_value = torch.nn.Linear(config.z_dim, math.prod(self.shape), bias=False)  # W_V
+        size = math.prod(self.slot_shape)
+        self.to_key = torch.nn.Linear(config.z_dim, size, bias=False)  # W_K
+        self.to_value = torch.nn.Linear(config.z_dim, size, bias=False)  # W_V
         self.to_norm = torch.nn.Linear(config.z_dim, width, bias=False)  # W_N
         for weight in self.parameters():
             torch.nn.init.normal_(weight, std=0.01)
@@ -306,9 +321,9 @@ class PseudoSelfAttention(torch.nn.Module):
         z: [B, Z], born: [B]. With γ = 0 the model is exactly what it was.
         """
         z = self.gamma * z
-        self.keys = self.to_key(z).view(len(z), *self.shape)
-        self.values = self.to_value(z).view(len(z), *self.shape)
-        self.changes = self.to_norm(z).view(len(z), self.shape[0], 1, -1)
+        self.keys = self.to_key(z).view(len(z), *self.slot_shape)  # k_z
+        self.values = self.to_value(z).view(len(z), *self.slot_shape)  # v_z
+        self.changes = self.to_norm(z).view(len(z), self.slot_shape[0], 1, -1)  # w_z of age 0
         self.born = born[:, None]
         self.columns = 0  # how many the model has run since the block began
         self.steering = self.gamma > 0
@@ -340,26 +355,29 @@ class PseudoSelfAttention(torch.nn.Module):
 def psa_attention(module, query, key, value, attention_mask, **kwargs):
     """Return the usual attention, with the latent's slot, if there is one, before keys and values.
 
-    query: [B, heads, Q, D]; key, value: [B, KV, K, D]; attention_mask: bool [B, 1, Q, K] or None.
+    query: [B, heads, Q, D]; key, value: [B, kv_heads, C, D]; attention_mask: bool [B, 1, Q, C], or
+    None.
     """
     psa, i = getattr(module, "psa", (None, None))
     if psa and psa.steering:
-        B, Q, K = len(query), query.shape[2], key.shape[2]
+        B, Q, C = len(query), query.shape[2], key.shape[2]
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
-            attention_mask = torch.ones(Q, K, dtype=torch.bool, device=DEVICE).tril(K - Q)
+            attention_mask = torch.ones(Q, C, dtype=torch.bool, device=DEVICE).tril(C - Q)
         slot_mask = (psa.age >= 0)[:, None, :, None]
-        attention_mask = torch.cat([slot_mask, attention_mask.expand(B, 1, Q, K)], -1)
+        attention_mask = torch.cat([slot_mask, attention_mask.expand(B, 1, Q, C)], -1)
         key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)
         value = torch.cat([psa.values[:, i].to(value.dtype), value], 2)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-def latent_loss(model, latents, batch, prefix, continuation, above):
+def latent_loss(model, latents, batch, prefix, continuation, penalised):
     """Return the negative ELBO: the mean over rows of -ln π(o_>=t* | c, z) + KL(q_φ || p_ψ) / 2.
 
-    z ~ q_φ; ln π is summed over the tokens from t* on; of the KL only the dimensions in `above`,
-    bool [Z], count. prefix, continuation: [B, H]. Also return ln π of the continuations [B] and the
-    KL of each dimension [Z]. The decoder is the frozen policy, steered by z. The released code
-    decodes z into a feature; we measured that such latents do not change what the policy says. [O]
+    z ~ q_φ, and ln π is summed over the tokens from t* on. prefix, continuation: [B, H], e(c) and
+    e(o_>=t*); penalised: bool [Z], the dimensions whose KL counts (see free bits in
+    `train_latents`). Also return ln π of the continuations [B] and the KL of each dimension [Z].
+    The decoder is the frozen policy, steered by z. In the released code a decoder of its own
+    reconstructs a feature vector from z. We measured that latents trained so do not change what the
+    policy says. [O]
     """
     cvae, psa = latents
     prior, posterior = cvae.prior(prefix), cvae.posterior(prefix, continuation)
@@ -367,55 +385,63 @@ def latent_loss(model, latents, batch, prefix, continuation, above):
         logp, _, mask = token_logps(model, batch)
     logp = (logp * mask).sum(1)
     kl = torch.distributions.kl_divergence(posterior, prior).mean(0)
-    return 0.5 * kl[above].sum() - logp.mean(), logp, kl
+    return 0.5 * kl[penalised].sum() - logp.mean(), logp, kl
 
 @torch.no_grad()
 def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     """Sample K branches from t* of every parent, each with a latent of its own. [P]
 
-    latents: (cvae, psa), or [] for branches without latents. Parents take turns, one branch each,
-    until branches as long as their parents would exceed `budget` tokens. [O]
+    latents: (cvae, psa), or [] for branches without latents. First each parent gets one branch,
+    then each a second one, and so on, until the next one would exceed `budget` tokens, if it were
+    as long as what its parent said from t* on. [O]
     """
     prefixes = prefixes_to_branch(parents, config)
-    affordable = []
+    branches = []
     for prefix, parent in zip(prefixes * config.branches, parents * config.branches):
         budget -= len(parent.response) - prefix.start
         if budget < 0:
             break
-        affordable.append(prefix)
+        branches.append(prefix)
     if not latents:
-        return sample(model, tokenizer, affordable, config)
+        return sample(model, tokenizer, branches, config)
     cvae, psa = latents
     z = cvae.sample(features(model, prefixes, config)[0], config.branches)  # [B, K, Z]
-    # In the order of `affordable`: the first branches of all parents, the second ones, ...
-    z = z.transpose(0, 1).flatten(0, 1)[:len(affordable)]
-    return sample(model, tokenizer, affordable, config, steer=steer_sampling(psa, z))
+    z = z.transpose(0, 1).flatten(0, 1)  # as `branches`: all first ones, then all second ones, ...
+    return sample(model, tokenizer, branches, config, steer=steer_sampling(psa, z[:len(branches)]))
 
 def steer_sampling(psa, z):
-    """Return `sample`'s argument `steer`: row i gets z[i] from its prefix's last column on."""
+    """Return the argument `steer` of `sample`, which steers row i by z[i].
+
+    `sample` generates its rows in several calls. For each call it gives the numbers of its rows and
+    the column of their prefixes' last token, whose state predicts o_t*.
+    """
     def steer(rows, column):
         return psa.steer(z[rows], torch.full((len(rows),), column, device=DEVICE))
 
     return steer
 
 def born_columns(batch):
-    """Return the columns [B] whose states predict o_t*, in the layout of `last_states`."""
+    """Return the columns [B] whose states predict o_t*; in `last_states` column P + t is o_t."""
     P = max(len(t.prompt) for t in batch)
     return torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)
 
 # ==== Stage 2: information-bottleneck filter and self-reward
 #   score         S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r               [P]
-#   answer term   Î(r; a*) = (ln π(a* | q, r̄, cue) - ln π(a* | q, cue)) / |a*|        [O]
+#                 both terms are standardised over the responses to a prompt          [O]
+#   answer term   Î(r; a*) = ln π(a* | q, r̄, cue) / |a*|                              [O]
 #   prompt term   Î(q; r) = Σ_t (h - H_t)                                             [O]
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
 #                 here it is by prompt and reward: see select_top_n                   [O]
 #   self-reward   S_IB itself                                                         [P]
-#                 in practice κ mean_t(A H_t), A the advantage below, as in IBRO      [C]
-# r̄ is r without its answer, cue the text that introduces an answer, |a*| the tokens of the answer.
-# Why Σ_t (h - H_t): I(q; r) = H(r) - H(r | q). H(r | q) is Σ_t H_t in expectation. H(r) is unknown;
-# h, the entropy of the batch's token frequencies, stands for it at each token. That is an upper
-# bound, so Î also counts what tokens tell of each other. Long responses and loops (H_t = 0) cost
-# most. IBRO: [arXiv 2507.18391].
+#                 the released code and this script reward κ mean_t(A H_t) in its place, as IBRO
+#                 does [arXiv 2507.18391]; A is the advantage below                   [C]
+# r̄ is r without its answer, cue the text that introduces an answer, |a*| the answer's tokens.
+# Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
+# all responses to a prompt, so standardising removes it.
+# Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
+# In its place stands, for each token, h, the entropy of the token frequencies in the batch, as if
+# tokens did not depend on each other. So long responses cost much, and loops (H_t = 0) most.
+# H_t of a branch is that of the policy that sampled it, with its latent. [O]
 
 def cue_of(prompt):
     """Return the text that opens an answer, in the form that the prompt asks for."""
@@ -427,8 +453,8 @@ def answer_probe(t, said, cue, tokenizer):
     """Return `said`, the cue and the gold answer as a trajectory; its own tokens are the answer's.
 
     The text is tokenised as a whole, because one token may hold the end of the cue and the start of
-    the answer: "\\boxed{" and "\\frac12" meet in "{\\". So the answer begins at the first token
-    that differs from those of `said` and the cue alone.
+    the answer, as "{\\" does in "\\boxed{\\frac12". So the answer begins at the first token that
+    differs from those of `said` and the cue alone.
     """
     given = tokenizer(said + cue, add_special_tokens=False).input_ids
     whole = tokenizer(said + cue + t.gold, add_special_tokens=False).input_ids
@@ -444,13 +470,11 @@ def answer_gain(model, tokenizer, trajectories, config):
     cue = cue_of(config.prompt)
     befores = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄
     probes = [answer_probe(t, r, cue, tokenizer) for t, r in zip(trajectories, befores)]
-    probes += [answer_probe(t, "", cue, tokenizer) for t in trajectories]
-    means = torch.zeros(len(probes))
+    gains = torch.zeros(len(probes))
     for rows in micro_batches([len(t) for t in probes], config.micro_tokens):
         logp, _, mask = token_logps(model, [probes[row] for row in rows])
-        means[rows] = ((logp * mask).sum(1) / mask.sum(1)).cpu()
-    with_response, without = means.chunk(2)
-    return with_response - without
+        gains[rows] = ((logp * mask).sum(1) / mask.sum(1)).cpu()
+    return gains
 
 def frequency_entropy(trajectories):
     """Return h: the entropy of the frequencies of the tokens that the trajectories sampled."""
@@ -466,8 +490,8 @@ def prompt_information(entropy, mask, h):
 def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
     """Return S_IB [B] of responses; gain: Î(r; a*) [B], groups: [B], entropy, mask: [B, T].
 
-    `group_advantages` standardises each term over a prompt's responses, just as it does rewards: at
-    beta = 1 both have the same weight. [O]
+    `group_advantages` standardises each term over a prompt's responses, just as it does rewards. So
+    at beta = 1 both have the same weight. [O]
     """
     information = prompt_information(entropy, mask, h)
     return beta * group_advantages(gain, groups) - group_advantages(information, groups)
@@ -475,9 +499,10 @@ def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
 def select_top_n(candidates, keep):
     """Return the candidates that pass the filter, in their order.
 
-    All initial rollouts pass. Branches compete with those of the same prompt and reward, and the
-    share `keep` of them passes, rounded up: right ones of highest S_IB, wrong ones of lowest, so
-    that near misses are not trained against. The shorter one wins a tie. [O]
+    All initial rollouts pass. Branches compete with those of the same prompt and reward, of which
+    the share `keep` passes, rounded up. Of the right ones those of highest S_IB pass, of the wrong
+    ones those of lowest: a wrong response of high S_IB is a near miss, and pushing it down would do
+    harm. The shorter one wins a tie. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
@@ -497,16 +522,18 @@ def set_scores(model, tokenizer, candidates, config):
     """Write S_IB into all candidates of a batch of problems."""
     gain = answer_gain(model, tokenizer, candidates, config)
     entropy = pad([t.entropy for t in candidates], padding_value=-1)
+    mask = entropy >= 0  # only the padding is negative
     groups = torch.tensor([t.group for t in candidates])
     h = frequency_entropy(candidates)
-    scores = trajectory_ib_score(gain, entropy, entropy >= 0, groups, config.beta, h)
+    scores = trajectory_ib_score(gain, entropy, mask, groups, config.beta, h)
     for t, score in zip(candidates, scores.tolist()):
         t.score = score
 
 def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
-    The budget is the tokens of `rollouts` responses; branches get what the initial ones leave. [O]
+    All responses together may have the tokens of `rollouts` responses of the initial ones' mean
+    length. Branches get what the initial ones leave of that. [O]
     We could not find out what "iterative" means in the paper. Here each of the `ib_rounds` rounds
     branches what the last one kept. [O]
     """
@@ -526,15 +553,18 @@ def explore(model, tokenizer, latents, problems, config):
 
 # ==== Update
 #   advantage  A = (R - mean) / (std + 1e-4)                                  [GRPO]
-#              mean, std over all candidates of a prompt, not only those kept  [O]
-#              times n/k: of n candidates of a prompt with reward R, k are kept   [O]
+#              mean, std over all candidates of a prompt, not only those kept [O]
+#              times n/k, if k of n candidates with its prompt and R are kept [O]
 #   ratio      r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)              [O]
 #   loss       L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)   [P]
 #              the bound of 3 is verl's dual clip                              [C]
 #              mean_t is over all own tokens, those of advantage 0 included    [O]
-# The ratio's numerator is the bare policy; its denominator is the policy that sampled, steered by
-# z. So it is the token's importance weight, and the bare policy learns what the latents found. In
-# the released code π_old is without the latent.
+# The ratio's numerator is the bare policy, its denominator the policy that sampled, steered by z.
+# So it is the token's importance weight, and the bare policy learns what the latents found, except
+# where the clip cuts: from a right response it does not learn tokens that it likes much more than
+# the steered policy did, from a wrong one not those that it likes much less. In the released code
+# π_old is without the latent.
+# The mean reward is over rollouts and branches, so it is not quite the bare policy's. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -563,7 +593,7 @@ def set_advantages(candidates, kept):
         t.advantage *= n[t.group, t.reward] / k[t.group, t.reward]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """Return L without the self-reward, and statistics: the mean ratio, the share of tokens cut.
+    """Return the clipped part of the loss, and statistics: the mean ratio, the share of tokens cut.
 
     logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or the weights of tokens. PPO's
     clip leaves r_t unbounded where A < 0; there the dual clip bounds it [arXiv 1912.09729]. A token
@@ -574,9 +604,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
-    too_far_up = (advantages > 0) & (ratio > 1 + config.clip_high)
-    too_far_down = (advantages < 0) & ((ratio < 1 - config.clip_low) | (ratio > 3.0))
-    cut = too_far_up | too_far_down
+    cut_if_right = ratio > 1 + config.clip_high
+    cut_if_wrong = (ratio < 1 - config.clip_low) | (ratio > 3.0)
+    cut = torch.where(advantages > 0, cut_if_right, cut_if_wrong & (advantages < 0))
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
@@ -584,9 +614,10 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch, a mean over its own tokens, and more means over them.
 
-    `bare` is the share of tokens in initial rollouts, which are sampled without a latent, and
-    `sampling_gap` the sum of |ln π - ln π_old| on these, over all tokens. `update` divides it by
-    `bare`. Before a batch's first optimizer step the gap is rounding noise, or a bug.
+    `bare` is the share of tokens in initial rollouts, which are sampled without a latent.
+    `sampling_gap` is the sum of |ln π - ln π_old| over these, divided by the number of all tokens.
+    `update` divides it by `bare`, which makes it their mean. Before a batch's first optimizer step
+    this gap is rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -602,38 +633,41 @@ def responses_loss(model, batch, config):
     return loss, means
 
 def update(model, optimizer, batch, config):
-    """Take `updates_per_step` optimizer steps on a batch; return means over its tokens.
+    """Take `updates_per_step` optimizer steps on a batch; return the loss and other means.
 
     A branch is trained from t* on, because the tokens before are its parent's. [C]
-    Responses of advantage 0 count in the mean, but have no gradient, unless entropy has a bonus; so
-    they are not run.
+    A response of advantage 0 has no gradient, except in `entropy_reg`, so it is not run. But its
+    tokens count in the mean that the loss is. The other means are over the tokens that were run.
     """
     sums = Counter(loss=0, tokens_trained=0, sampling_gap=0, bare=0)
     norm = 0.0
     for i in range(config.updates_per_step):
-        part = batch[i::config.updates_per_step]
-        tokens = sum(gather([own_tokens(part)]))
+        minibatch = batch[i::config.updates_per_step]
+        tokens = sum(gather([own_tokens(minibatch)]))  # of all processes
         if config.method != "entropy_reg":
-            part = [t for t in part if t.advantage != 0]
-        for rows in progress(micro_batches([len(t) for t in part], config.micro_tokens), "update"):
-            micro = [part[row] for row in rows]
+            minibatch = [t for t in minibatch if t.advantage != 0]
+        sizes = [len(t) for t in minibatch]
+        for rows in progress(micro_batches(sizes, config.micro_tokens), "update"):
+            micro = [minibatch[row] for row in rows]
             with recompute_layers(model, config):
                 loss, means = responses_loss(model, micro, config)
             share_of_tokens = own_tokens(micro) / tokens
-            (share_of_tokens * loss).backward()
+            (share_of_tokens * loss).backward()  # the micro-batches add up to the minibatch's mean
             sums["loss"] += (share_of_tokens * loss).item() / config.updates_per_step
             add_means(sums, means, own_tokens(micro))
-        if sum(gather([len(part)])) > 0:
+        if sum(gather([len(minibatch)])) > 0:
             norm = take_step(model, optimizer, config)
     metrics = total_means(sums) | {"grad_norm": norm}
-    metrics["sampling_gap"] /= metrics.pop("bare") or 1  # over the tokens without a latent
+    bare = metrics.pop("bare")
+    if bare > 0:
+        metrics["sampling_gap"] /= bare
     return metrics
 
 # ==== The training step
 
 def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     """Do one step of the method or of a baseline; return its line of metrics.jsonl."""
-    # Seeded by the step alone, so that a resumed run draws the same numbers
+    # Seeded by the run's seed and the step only, so that a resumed run draws the same numbers
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62) + RANK)
     shuffled = rng.sample(problems, len(problems))
@@ -651,7 +685,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
         set_advantages(candidates, kept)
     elif config.method == "dapo":
         candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
-        set_advantages(candidates, candidates)  # nothing stands for what dapo drops
+        set_advantages(candidates, candidates)  # those kept do not stand for what dapo drops
     else:
         candidates = kept = roll_out(model, tokenizer, batch, config)
         set_advantages(candidates, kept)
@@ -668,15 +702,24 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     metrics["tokens_sampled"] += metrics.get("latent_tokens", 0)  # they count in the budget
     return metrics
 
+def set_schedule(run, config):
+    """Set what changes over a run: the learning rate rises for 20 steps, and γ falls to 0. [O]"""
+    step = len(run.state["log"])
+    run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)
+    if run.extra:
+        psa = run.extra[1]
+        psa.gamma = config.psa_gamma * (1 - run.done)
+
 # ==== The run
 
 def set_up(config):
-    """Return what a run works with: policy, problems, optimizer, and its state so far."""
+    """Return what a run works with; a new run is evaluated here, before it trains."""
     run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
     print_machine()
-    pairs = load_problems(config)
+    training, heldout = load_problems(config)
     run.model, run.tokenizer = load_policy(config)
-    run.problems, run.heldout = [encode(side, run.model, run.tokenizer, config) for side in pairs]
+    run.problems = encode(training, run.model, run.tokenizer, config)
+    run.heldout = encode(heldout, run.model, run.tokenizer, config)
     run.extra = prepare(run.model, config)  # what the method needs besides the policy
     check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
     run.optimizer = torch.optim.AdamW(
@@ -684,7 +727,7 @@ def set_up(config):
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
     if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # what is frozen, as the reference, is as it was loaded
+        run.parts["extra"] = run.extra  # a frozen reference need not be saved: it is loaded anew
     if (run.folder / "state.pt").exists():
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -693,16 +736,17 @@ def set_up(config):
     return run
 
 def train(config):
-    """Evaluate, train until the budget is spent, evaluate again; return the summary."""
+    """Set up, train until the budget is spent, and evaluate; return the summary."""
     run = set_up(config)
     model, tokenizer, log = run.model, run.tokenizer, run.state["log"]
     tokens = sum(line["tokens_sampled"] for line in log)
-    began, done_before = time.time(), share_done(len(log), tokens, config)
-    while share_done(len(log), tokens, config) < 1:
+    run.done = done_before = share_done(len(log), tokens, config)
+    began = time.time()
+    while run.done < 1:
         step = len(log)
         if step % config.save_every == 0:
             save_state(run.folder, run.state, run.parts)
-        run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)  # warm-up
+        set_schedule(run, config)
         metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.extra,
                                                  run.problems, config, step)
         if config.eval_every and (step + 1) % config.eval_every == 0:
@@ -711,8 +755,8 @@ def train(config):
         log.append(metrics)
         save_lines(run.folder / "metrics.jsonl", log)
         tokens += metrics["tokens_sampled"]
-        done = share_done(len(log), tokens, config)
-        left = (time.time() - began) * max(0, 1 - done) / (done - done_before)
+        run.done = share_done(len(log), tokens, config)
+        left = (time.time() - began) * max(0, 1 - run.done) / (run.done - done_before)
         print_step(metrics, config, tokens, left)
     save_state(run.folder, run.state, run.parts)
 
@@ -725,12 +769,12 @@ def train(config):
     return summary
 
 
-# ==== What only this script needs
+# ==== The latents' training and log-probabilities; the baselines, --show and --probe_heads
 
 def prepare(model, config):
     """Return the latents (cvae, psa), or an empty list for methods that have none; set the seed.
 
-    Ends the program in one line if the model has no RMSNorm for a latent to shift.
+    End the program with a one-line message if the model has no RMSNorm for a latent to shift.
     """
     torch.manual_seed(config.seed)
     if config.method != "iiblpo" or config.branch_mode == "random":
@@ -743,10 +787,10 @@ def prepare(model, config):
     return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
 
 def alternatives(model, tokenizer, problems, config):
-    """Sample what the latents learn from; return it, and how many tokens were sampled for it. [O]
+    """Return the continuations that the latents learn from, and how many tokens were sampled. [O]
 
-    At t* of a rollout the policy had alternatives. The response is continued from each of the four
-    likeliest tokens with p > 0.01, so that rare choices count as much as common ones.
+    Each problem is answered once. At t* the response is continued anew from each of the four
+    likeliest tokens with p > 0.01, so that a rare choice counts as much as a common one.
     """
     prefixes = []
     eos = model.generation_config.eos_token_id
@@ -768,8 +812,9 @@ def alternatives(model, tokenizer, problems, config):
 def check_policy(model, tokenizer, latents, problems, config):
     """Compare ln π as recorded while sampling with the passes of training, bare and steered.
 
-    Ends the program in one line if they differ, or if latents change nothing. The latents are not
-    trained yet: random ones of three times the usual size are used, to have a clear effect. [O]
+    End the program with a one-line message if they differ, or if latents change nothing. The
+    latents are not trained yet. Random ones are used, three times as wide as a standard normal, for
+    a clear effect. [O]
     """
     torch.manual_seed(config.seed)
     ordered = sorted(problems, key=len)  # two short and two long prompts, so that there is padding
@@ -797,9 +842,11 @@ def check_policy(model, tokenizer, latents, problems, config):
 def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; return metrics.
 
-    They are of the last micro-batch: z_gain is how many nats likelier z makes a continuation.
+    z_gain, latents_kl and active_dims are of the last micro-batch. z_gain is by how many nats a
+    latent of the posterior makes its continuation likelier.
     """
     cvae, psa = latents
+    # As a rule a problem gives two alternatives; each process needs one problem at least
     problems = shard(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
     pairs, tokens = gather(pairs), sum(gather([tokens]))
@@ -813,11 +860,11 @@ def train_latents(model, tokenizer, latents, problems, config):
         with torch.no_grad():  # free bits: a dimension's KL counts if its mean exceeds 0.5 nats
             prefix, continuation = states[:, drawn]  # e(c) and e(o_>=t*), [32, H]
             posterior, prior = cvae.posterior(prefix, continuation), cvae.prior(prefix)
-            above = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
+            penalised = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
         for rows in micro_batches([len(pairs[i]) for i in drawn], config.micro_tokens):
             chosen = drawn[rows]
             batch = [pairs[i] for i in chosen]
-            loss, logp, kl = latent_loss(model, latents, batch, *states[:, chosen], above)
+            loss, logp, kl = latent_loss(model, latents, batch, *states[:, chosen], penalised)
             (loss * len(rows) / len(drawn)).backward()
         torch.nn.utils.clip_grad_norm_(latents.parameters(), 0.5)
         optimizer.step()
@@ -865,10 +912,10 @@ def features(model, batch, config):
     e = torch.zeros(2, len(batch), model.config.hidden_size, device=DEVICE)
     for rows in micro_batches([len(t) for t in batch], config.micro_tokens):
         states, _, P = last_states(model, [batch[row] for row in rows])
-        for row, h in zip(rows, states.float()):
+        for row, state in zip(rows, states.float()):
             t = batch[row]
-            e[0, row] = h[P - len(t.prompt):P + t.start].mean(0)
-            e[1, row] = h[P + t.start:P + len(t.response)].mean(0)  # nan if nothing follows c yet
+            e[0, row] = state[P - len(t.prompt):P + t.start].mean(0)
+            e[1, row] = state[P + t.start:P + len(t.response)].mean(0)  # nan if nothing follows c
     return e
 
 def roll_out(model, tokenizer, problems, config):
@@ -894,19 +941,21 @@ def dapo_rollouts(model, tokenizer, shuffled, config):
     return candidates, [t for t in candidates if t.complete and t.group in mixed]
 
 def show(config):
-    """Print how a held-out problem is explored; after a run, with --model RUN/model.
+    """Print how a held-out problem is explored, after a run with --model RUN/model.
 
-    The latents are trained anew on this policy: RUN/model holds the policy alone.
+    If that is a tiny policy, give --config tiny_config.yaml as well. The latents are trained anew,
+    because RUN/model holds the policy alone.
     """
-    pairs = load_problems(config)  # first, because a mistyped data set shows sooner than a model
+    training, heldout = load_problems(config)  # first: a mistyped data set shows sooner
     model, tokenizer = load_policy(config)
-    problems, heldout = [encode(side, model, tokenizer, config) for side in pairs]
+    problems = encode(training, model, tokenizer, config)
+    heldout = encode(heldout, model, tokenizer, config)
     latents = prepare(model, config)
     if latents:
         print("latents:", train_latents(model, tokenizer, latents, problems, config))
     problem = heldout[config.seed % len(heldout)]
     candidates, kept = explore(model, tokenizer, latents, [problem], config)
-    set_scores(model, tokenizer, candidates, config)
+    set_scores(model, tokenizer, candidates, config)  # `explore` does so only if it filters
     print(f"{problem.question}  answer {problem.gold}; ▸ is t*")
     for t in candidates:
         fate = "kept" if t in kept else "dropped"
@@ -914,10 +963,11 @@ def show(config):
         print(tokenizer.decode(t.response[:t.start]) + "▸" + tokenizer.decode(t.response[t.start:]))
     return candidates
 
-# Difficulty-sensitive attention heads: the paper is reported to localise them. [P, reported]
-# The recipe is ours, after [arXiv 2510.05969]. A prompt's difficulty is 1 minus its pass rate. For
-# each head, a ridge probe predicts it from the head's output at the prompt's last token. The head's
-# score is the Spearman correlation of prediction and difficulty on prompts not fitted. [O]
+# The paper is reported to look for attention heads that react to a prompt's difficulty. Training
+# does not use them. [P, reported] The recipe is ours, after [arXiv 2510.05969]. A prompt's
+# difficulty is 1 minus its pass rate. For each head, a ridge probe predicts it from the head's
+# output at the prompt's last token. The head's score is the Spearman correlation of prediction and
+# difficulty on prompts not fitted. [O]
 
 @torch.no_grad()
 def head_outputs(model, problems):
@@ -981,7 +1031,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # repository:configuration on the hub; its columns [who uses them]
+HUB = {  # name: repository:configuration on the hub  # columns that we read [who reads them]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -1199,7 +1249,7 @@ def shard(problems):
 def load_policy(config):
     """Return the policy, in fp32 and without dropout, and its tokenizer.
 
-    Ends the program in one line where they cannot be loaded or used.
+    End the program with a one-line message where they cannot be loaded or used.
     """
     name = config.model
     if name == "tiny":
@@ -1267,12 +1317,12 @@ def load_problems(config):
     """Return the problems to train on and the held-out ones, two lists of (question, gold).
 
     Held-out problems: `eval_prompts` of `eval_dataset`, else of the data set's test split, else the
-    last ones of its training split, at most half. Ends the program in one line if loading fails.
+    last ones of its training split, at most half. End the program with a one-line message if
+    loading fails.
     """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
-        # seeds with names: random.Random(-1) would be Random(1), the stream of --seed 1
-        rng = random.Random(f"train {config.seed}")
+        rng = random.Random(f"train {config.seed}")  # no seed is "held out": see below
         train = chain_questions(rng, config.operands, False, 4096)
         heldout = chain_questions(random.Random("held out"), config.operands, True, n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
@@ -1313,7 +1363,7 @@ def read_rows(table, name):
     """Return (question, gold) of each row of a table.
 
     Rows with an empty box for an answer are left out, as two of MATH's are. Other rows without a
-    question or an answer end the program in one line.
+    question or an answer end the program with a one-line message.
     """
     pairs = []
     for row in table:
@@ -1464,13 +1514,14 @@ def warm_start(config):
         digits = rng.randint(low, high)  # one length a batch: nothing to pad
         questions = chain_questions(rng, [digits, digits], False, 64)
         pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
-        problems = encode(pairs, model, tokenizer, config)  # their `gold` is a whole demonstration
-        ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + [1] for t in problems])
+        problems = encode(pairs, model, tokenizer, config)  # with a demonstration in place of gold
+        end = [tokenizer.eos_token_id]
+        ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + end for t in problems])
         labels = ids.clone()
         labels[:, :len(problems[0].prompt)] = -100
         model(ids.to(DEVICE), labels=labels.to(DEVICE)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        pace = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)
+        pace = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)  # up, then down to 0
         for optimizer, lr in (muon, 0.02), (adam, 0.003):
             optimizer.param_groups[0]["lr"] = lr * pace
             optimizer.step()
@@ -1522,9 +1573,12 @@ def extract_answer(text):
     r"""Return a response's answer, or None: "3+8\n1\n#1" -> "1"."""
     return find_answer(text)[0]
 
-# To compare answers, `read` rewrites them by SPELLINGS, which spells signs alike by READ_AS. ITEM
-# takes name and unit off each part, TOKEN and PRODUCT cut its value into tokens, and `expression`
-# calculates it by OPERATORS.
+# To compare answers, `read` takes these stages, shown on x = 2\dfrac12\text{ cm}:
+#   SPELLINGS, READ_AS    one spelling for all           x = (2+\frac12) cm
+#   split_list, ITEM      the parts of a list            name x, value (2+\frac12), unit cm
+#   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
+#   OPERATORS             `expression` calculates it     2.5
+# In READ_AS, ~ is a blank, which its pairs cannot contain.
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
@@ -1554,7 +1608,8 @@ TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]
 PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))"
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
-    "/": (2, 3, operator.truediv),  # below, mpf() refuses letters: their roots could have any sign
+    "/": (2, 3, operator.truediv),
+    # Letters are complex values, which mpf() refuses: a root such as x^(1/2) has two signs
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1574,7 +1629,7 @@ def operand(tokens):
         return +REALS.pi
     if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
         return REALS.mpc(*map(random.Random(token).uniform, (0.7, 0.7), (1.4, 1.4)))
-    return REALS.mpf(re.match("[.0-9].*|", token)[0])  # of what is no number "": a ValueError
+    return REALS.mpf(token if token[:1] in set(".0123456789") else "")  # "": a ValueError
 
 def expression(tokens, least=1):
     """Take an expression off `tokens`, up to the first operator that binds less than `least`.
@@ -1585,7 +1640,8 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    largest = 200 if least == 4 else 1e80  # 4: an exponent; small ones keep 200 digits right
+    # 4 means an exponent; exponents stay small, so that 200 of the 300 digits are right
+    largest = 200 if least == 4 else 1e80
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")
     return value
@@ -1610,6 +1666,7 @@ def value_of(text):
         value = expression(tokens)
         if tokens == [""]:
             return REALS.nstr(REALS.chop(value), 200)
+    # No number: compare as text, words without regard to case, single letters with it
     words = re.sub(r"\{ (\S+) \}", r"\1", words)
     return words.lower() if re.fullmatch("[A-Za-z]{2,}|[A-Za-z]+( [A-Za-z]+)+", words) else words
 
@@ -1635,10 +1692,12 @@ def verify(answer, gold):
     if answer is None or max(len(answer), len(gold)) > MAX_LENGTH:
         return False
     for hundredths in (False, True):
-        (values, *labels), (golds, *others) = read(answer, hundredths), read(gold, hundredths)
-        clash = any(a and b and a != b for a, b in zip(labels, others))
-        if values == golds and not clash and re.search(r"\w", str(values)):
-            return True
+        values, names, units = read(answer, hundredths)
+        gold_values, gold_names, gold_units = read(gold, hundredths)
+        names_differ = names and gold_names and names != gold_names
+        units_differ = units and gold_units and units != gold_units
+        if values == gold_values and not names_differ and not units_differ:
+            return re.search(r"\w", str(values)) is not None  # dots alone are no answer
     return False
 
 def pass_at_k(n, c, k):
@@ -1741,10 +1800,10 @@ def parse_config(script, argv):
             settings = content["common"] | content[script]
         except Exception as e:
             fail(f"cannot read {file}, of sections common and {script}: {e!r}")
-        for name, value in settings.items():  # as flags, so that one parser reads both
+        for name, value in settings.items():  # as flags before the given ones: the last one wins
             values = value if isinstance(value, list) else [value]
             argv = [f"--{name}", *map(str, values)] + argv
-    config = parser.parse_args(argv, Config())
+    config = parser.parse_args(argv, namespace=Config())
     for option in fields(config):
         low, _, high = option.metadata.get("metavar", "").partition("..")
         value = getattr(config, option.name)
@@ -1757,7 +1816,8 @@ def parse_config(script, argv):
 def save_atomically(path, write):
     """Let `write` make a file or folder beside `path`, then rename it: it is never half written.
 
-    Ends the program in one line if the disk refuses; what `path` held before is then still there.
+    End the program with a one-line message if the disk refuses; what `path` held before is then
+    still there.
     """
     if RANK > 0:
         return
@@ -1813,7 +1873,7 @@ def folder_of(config):
 def load_state(folder, config, parts):
     """Restore the `parts`, {name: module or optimizer}, from state.pt; return what else it holds.
 
-    Ends the program in one line where the run was begun with other settings.
+    End the program with a one-line message where the run was begun with other settings.
     """
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
                   "micro_tokens", "generate_tokens", "recompute")
@@ -1873,16 +1933,26 @@ def print_table(folder, summary):
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
     grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)
-    grpo = grpo / "summary.json"
-    if grpo.exists() and grpo.parent != folder:
-        other = json.loads(grpo.read_text(encoding="utf-8"))
+    if (grpo / "summary.json").exists() and grpo != folder:
+        other = json.loads((grpo / "summary.json").read_text(encoding="utf-8"))
         alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps",
                  "max_tokens", "eval_prompts", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print(f"\nto compare: run --method grpo --out {grpo.parent}, then this again with --resume")
-    print(f"\n{table.round(3)}\n{summary['seconds']:.0f} s; everything is in {folder}")
+        print(f"\nto compare: run --method grpo --out {grpo}, then this again with --resume")
+    print(f"\n{table.round(3)}\n\n{in_words(summary)}")
+    print(f"{summary['seconds']:.0f} s; everything is in {folder}")
+
+def in_words(summary):
+    """Return what the table says, in a sentence of three numbers."""
+    before, after = summary["before"], summary["after"]
+    k = summary["config"]["eval_samples"]
+    solved, kinds = f"pass@{k}", "distinct_correct"
+    return (f"{after['pass@1']:.0%} of the responses are right (before: {before['pass@1']:.0%}), "
+            f"{after[solved]:.0%} of the problems have a right one\namong {k} "
+            f"(before: {before[solved]:.0%}), and a problem has {after[kinds]:.2f} different right "
+            f"responses (before: {before[kinds]:.2f}).")
 
 def main(argv=None):
     """Run the command line; return the run's summary."""
