@@ -17,9 +17,9 @@ trains a real model on one GPU. Every field of `Config` is a flag. A `training_s
 5. Take a clipped policy-gradient step on the packed trees: `pack_tree`, `update_on_trees`.
 
 The sections: Config and Trajectory; the tree; the IB-Score; advantages; the update; the training
-step; the run; the reference policy, the self-check and --show; supporting code, which is the same
-in both scripts: sampling and log-probabilities, the policy, problems, the tiny task, the verifier,
-evaluation, files. Read the supporting code when you meet it.
+step; the run; the reference policy, log-probabilities of packed trees, the self-check and --show;
+supporting code, which iiblpo.py repeats word for word: sampling, the policy, problems, the tiny
+task, the verifier, evaluation, files. Read the supporting code when you meet it.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. The paper has temperature 0.7,
 top-p 0.95, top-k 20, 2k tokens and DAPO-Math-17K. Here responses are sampled at temperature 1 and
@@ -308,14 +308,6 @@ def grow(model, tokenizer, problems, config, rng):
         trajectories += extend_trees(model, tokenizer, roots, prefixes, config)
     return roots, trajectories
 
-def prefix_at(node, problem):
-    """Return the problem with the steps down to a node as its response, to be continued."""
-    path = node.path()
-    # The problem's logps and entropy are empty; `cat` needs them at the root, whose path is empty
-    return replace(problem, response=[token for step in path for token in step.tokens],
-                   logps=torch.cat([problem.logps, *[step.logps for step in path]]),
-                   entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
-
 # ==== IB-Score: where to branch
 #   J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H           [P]
 #   J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b), over the B sub-steps s_b sampled at v       [P]
@@ -435,9 +427,8 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def pack_tree(root, advantages):
     """Pack a tree into one sequence of S tokens: the prompt, then every step exactly once.
 
-    Return these tensors, all [S] but the last:
+    Return input_ids and these tensors, all [S] but the last:
 
-        input_ids       the tokens
         previous        index of the token before it in its trajectory, whose state predicts it
         weights         number of trajectories through it, 0 for the prompt
         advantages      A(s) of its step, 0 for the prompt
@@ -445,7 +436,6 @@ def pack_tree(root, advantages):
         attention_mask  [S, S], true where a row's token sees a column's
 
     A prompt q with children a and b, and a child c of a, packs to
-
         q a c b         q sees q; a sees q a; c sees q a c; b sees q b
         0 1 2 1         the positions, if each has one token
     """
@@ -474,25 +464,6 @@ def pack_tree(root, advantages):
             "logps": torch.cat([torch.zeros(len(root.tokens))] + [step.logps for step in steps]),
             "attention_mask": mask}
 
-def tree_logps(model, packs):
-    """Return ln π of the tokens of packed trees (0 of prompts) and their weights, two [B, S]."""
-    ids = pad([pack["input_ids"] for pack in packs]).to(DEVICE)
-    previous = pad([pack["previous"] for pack in packs]).to(DEVICE)
-    weights = pad([pack["weights"] for pack in packs]).to(DEVICE)
-    # Padding sees itself: if it saw nothing, it would be NaN
-    mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)
-    for square, pack in zip(mask, packs):
-        S = len(pack["input_ids"])
-        square[:S, :S] = pack["attention_mask"]
-    mask = mask.to(DEVICE)
-    with autocast():
-        states = model.base_model(input_ids=ids, attention_mask=mask[:, None], use_cache=False,
-                                  position_ids=mask.sum(-1) - 1).last_hidden_state
-        row, column = (weights > 0).nonzero(as_tuple=True)
-        logp, _ = head_logps(model, states[row, previous[row, column]], ids[row, column])
-    zeros = torch.zeros(ids.shape, device=DEVICE)
-    return zeros.index_put((row, column), logp), weights
-
 def k3(logp, reference):
     """Return the k3 estimate of KL(π || π_ref) per token: r - 1 - ln r, r = π_ref / π. [GRPO]"""
     return (reference - logp).exp() - 1 - (reference - logp)
@@ -514,10 +485,6 @@ def trees_loss(model, packs, config, reference):
         means["policy_kl"] = (k3(logp, reference_logp) * weights).sum() / weights.sum()
         loss = loss + config.kl * means["policy_kl"]
     return loss, means
-
-def trajectory_tokens(packs):
-    """Return how many tokens the trajectories of packed trees have, shared ones each time."""
-    return sum(pack["weights"].sum().item() for pack in packs)
 
 def update_on_trees(model, optimizer, roots, config, reference=None):
     """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
@@ -573,11 +540,6 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
     covs = gather([ib_covariance(node, config.beta) for node in nodes if len(node.children) > 1])
     stats |= {"ib_score": sum(scores) / len(scores), "cov": sum(covs) / max(1, len(covs))}
     return rollout_metrics(trajectories) | stats
-
-def set_schedule(run, config):
-    """Set what changes over a run: the learning rate rises for 20 steps. [O]"""
-    step = len(run.state["log"])
-    run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)
 
 # ==== The run
 
@@ -638,7 +600,7 @@ def train(config):
     return summary
 
 
-# ==== The reference policy, the self-check, --show
+# ==== The reference policy, log-probabilities of packed trees, the self-check, --show
 
 def prepare(model, config):
     """Return the reference policy of the KL, or an empty ModuleList if there is no KL.
@@ -654,6 +616,11 @@ def prepare(model, config):
     if config.kl == 0:
         return torch.nn.ModuleList()
     return copy.deepcopy(model).requires_grad_(False)
+
+def set_schedule(run, config):
+    """Set what changes over a run: the learning rate rises for 20 steps. [O]"""
+    step = len(run.state["log"])
+    run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)
 
 def check_policy(model, tokenizer, reference, problems, config):
     """Compare ln π as recorded while sampling with a plain pass of the row and a packed tree. [O]
@@ -680,6 +647,37 @@ def check_policy(model, tokenizer, reference, problems, config):
     except (TypeError, ValueError) as e:
         fail(f"{type(model).__name__} takes no packed trees: {e}")
     report_gaps({"a row alone": torch.cat(alone), "a packed tree": torch.cat(packed)})
+
+def tree_logps(model, packs):
+    """Return ln π of the tokens of packed trees (0 of prompts) and their weights, two [B, S]."""
+    ids = pad([pack["input_ids"] for pack in packs]).to(DEVICE)
+    previous = pad([pack["previous"] for pack in packs]).to(DEVICE)
+    weights = pad([pack["weights"] for pack in packs]).to(DEVICE)
+    # Padding sees itself: if it saw nothing, it would be NaN
+    mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)
+    for square, pack in zip(mask, packs):
+        S = len(pack["input_ids"])
+        square[:S, :S] = pack["attention_mask"]
+    mask = mask.to(DEVICE)
+    with autocast():
+        states = model.base_model(input_ids=ids, attention_mask=mask[:, None], use_cache=False,
+                                  position_ids=mask.sum(-1) - 1).last_hidden_state
+        row, column = (weights > 0).nonzero(as_tuple=True)
+        logp, _ = head_logps(model, states[row, previous[row, column]], ids[row, column])
+    zeros = torch.zeros(ids.shape, device=DEVICE)
+    return zeros.index_put((row, column), logp), weights
+
+def prefix_at(node, problem):
+    """Return the problem with the steps down to a node as its response, to be continued."""
+    path = node.path()
+    # The problem's logps and entropy are empty; `cat` needs them at the root, whose path is empty
+    return replace(problem, response=[token for step in path for token in step.tokens],
+                   logps=torch.cat([problem.logps, *[step.logps for step in path]]),
+                   entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
+
+def trajectory_tokens(packs):
+    """Return how many tokens the trajectories of packed trees have, shared ones each time."""
+    return sum(pack["weights"].sum().item() for pack in packs)
 
 def show(config):
     """Print the tree of a held-out problem, after a run with --model RUN/model.

@@ -24,16 +24,14 @@ update; the training step; the run; the latents' training and log-probabilities;
 policy, problems, the tiny task, the verifier, evaluation, files. Read the supporting code when you
 meet it.
 
-Left out: vLLM, sharded models, rewards other than right or wrong. The largest difference to the
-released code: here the latents learn to make the policy's own responses likelier when they steer
-it. README.md lists the others.
+Left out: vLLM, sharded models, rewards other than right or wrong. Unlike those of the released
+code, latents learn to make the policy's own responses likelier. README.md has more differences.
 
 Marks: [P] the paper's abstract, figures and tables; [P, reported] the paper's text as others report
 it, because we could not read the text itself; [C] the released code; [O] our own choice; other
-marks name their source.
-Shapes: B rows, T response tokens, V vocabulary, H width (H_t and H(...) are entropies), Z latent
-dimensions, D width of a head, P longest prompt of a batch, Q and C columns of queries and keys.
-All information is in nats.
+marks name their source. Shapes: B rows, T response tokens, V vocabulary, H width (H_t and H(...)
+are entropies), Z latent dimensions, D width of a head, P longest prompt of a batch, Q and C columns
+of queries and keys. All information is in nats.
 """
 import contextlib
 import functools
@@ -120,8 +118,7 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt; iiblpo may sample as many tokens as these "
-                            "would have", "1..")
+    rollouts: int = setting(8, "responses per prompt; iiblpo's cost as many tokens", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
@@ -129,8 +126,7 @@ class Config:
     initial: int = setting(2, "M: rollouts per prompt before branching", "1..")
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
-        "psa", "psa: each branch has its latent; random: branches differ by chance alone, without "
-        "latents")
+        "psa", "psa: each branch has its latent; random: branches differ by chance alone")
     top_frac: float = setting(0.05, "rho: share of a response's tokens, those of highest entropy, "
                               "at which it may branch", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
@@ -148,8 +144,7 @@ class Config:
     kappa: float = setting(0.005, "kappa: weight of the self-reward", "0..")
     # Update
     lr: float = setting(1e-6, "learning rate of AdamW", "0..")
-    updates_per_step: int = setting(1, "minibatches per batch, each with an optimizer step of its "
-                                    "own", "1..")
+    updates_per_step: int = setting(1, "minibatches per batch, each with an optimizer step", "1..")
     clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ...", "0..1")
     clip_high: float = setting(0.2, "... and to 1 + clip_high (dapo: at least 0.28)", "0..")
     entropy_bonus: float = setting(0.003, "entropy_reg: weight of the mean entropy", "0..")
@@ -409,22 +404,6 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     z = z.transpose(0, 1).flatten(0, 1)  # as `branches`: all first ones, then all second ones, ...
     return sample(model, tokenizer, branches, config, steer=steer_sampling(psa, z[:len(branches)]))
 
-def steer_sampling(psa, z):
-    """Return the argument `steer` of `sample`, which steers row i by z[i].
-
-    `sample` generates its rows in several calls. For each call it gives the numbers of its rows and
-    the column of their prefixes' last token, whose state predicts o_t*.
-    """
-    def steer(rows, column):
-        return psa.steer(z[rows], torch.full((len(rows),), column, device=DEVICE))
-
-    return steer
-
-def born_columns(batch):
-    """Return the columns [B] whose states predict o_t*; in `last_states` column P + t is o_t."""
-    P = max(len(t.prompt) for t in batch)
-    return torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)
-
 # ==== Stage 2: information-bottleneck filter and self-reward
 #   score         S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r               [P]
 #                 both terms are standardised over the responses to a prompt          [O]
@@ -442,24 +421,6 @@ def born_columns(batch):
 # In its place stands, for each token, h, the entropy of the token frequencies in the batch, as if
 # tokens did not depend on each other. So long responses cost much, and loops (H_t = 0) most.
 # H_t of a branch is that of the policy that sampled it, with its latent. [O]
-
-def cue_of(prompt):
-    """Return the text that opens an answer, in the form that the prompt asks for."""
-    if "\\boxed" in prompt:
-        return "\\boxed{"
-    return "#### " if "####" in prompt else "#"
-
-def answer_probe(t, said, cue, tokenizer):
-    """Return `said`, the cue and the gold answer as a trajectory; its own tokens are the answer's.
-
-    The text is tokenised as a whole, because one token may hold the end of the cue and the start of
-    the answer, as "{\\" does in "\\boxed{\\frac12". So the answer begins at the first token that
-    differs from those of `said` and the cue alone.
-    """
-    given = tokenizer(said + cue, add_special_tokens=False).input_ids
-    whole = tokenizer(said + cue + t.gold, add_special_tokens=False).input_ids
-    begin = len(os.path.commonprefix([given, whole]))  # it compares lists, too
-    return Trajectory(t.prompt, response=whole, start=begin)
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
@@ -702,14 +663,6 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     metrics["tokens_sampled"] += metrics.get("latent_tokens", 0)  # they count in the budget
     return metrics
 
-def set_schedule(run, config):
-    """Set what changes over a run: the learning rate rises for 20 steps, and γ falls to 0. [O]"""
-    step = len(run.state["log"])
-    run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)
-    if run.extra:
-        psa = run.extra[1]
-        psa.gamma = config.psa_gamma * (1 - run.done)
-
 # ==== The run
 
 def set_up(config):
@@ -785,6 +738,14 @@ def prepare(model, config):
              f"{type(model).__name__} does not have: use --branch_mode random or a baseline")
     cvae = LatentCVAE(model.config.hidden_size, config.z_dim)
     return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
+
+def set_schedule(run, config):
+    """Set what changes over a run: the learning rate rises for 20 steps, and γ falls to 0. [O]"""
+    step = len(run.state["log"])
+    run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)
+    if run.extra:
+        psa = run.extra[1]
+        psa.gamma = config.psa_gamma * (1 - run.done)
 
 def alternatives(model, tokenizer, problems, config):
     """Return the continuations that the latents learn from, and how many tokens were sampled. [O]
@@ -878,6 +839,22 @@ def train_latents(model, tokenizer, latents, problems, config):
     return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "latents_kl": kl.sum().item(),
             "active_dims": (kl > 0.01).sum().item(), "latent_tokens": tokens}
 
+def steer_sampling(psa, z):
+    """Return the argument `steer` of `sample`, which steers row i by z[i].
+
+    `sample` generates its rows in several calls. For each call it gives the numbers of its rows and
+    the column of their prefixes' last token, whose state predicts o_t*.
+    """
+    def steer(rows, column):
+        return psa.steer(z[rows], torch.full((len(rows),), column, device=DEVICE))
+
+    return steer
+
+def born_columns(batch):
+    """Return the columns [B] whose states predict o_t*; in `last_states` column P + t is o_t."""
+    P = max(len(t.prompt) for t in batch)
+    return torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)
+
 def last_states(model, batch):
     """Return the last hidden states [B, P + T, H] of trajectories, their ids [B, P + T], and P.
 
@@ -905,6 +882,24 @@ def token_logps(model, batch):
     zeros = torch.zeros(2, *mask.shape, device=DEVICE)
     logp, entropy = zeros.masked_scatter(mask, flat)  # flat: [2, tokens in the mask]
     return logp, entropy, mask
+
+def cue_of(prompt):
+    """Return the text that opens an answer, in the form that the prompt asks for."""
+    if "\\boxed" in prompt:
+        return "\\boxed{"
+    return "#### " if "####" in prompt else "#"
+
+def answer_probe(t, said, cue, tokenizer):
+    """Return `said`, the cue and the gold answer as a trajectory; its own tokens are the answer's.
+
+    The text is tokenised as a whole, because one token may hold the end of the cue and the start of
+    the answer, as "{\\" does in "\\boxed{\\frac12". So the answer begins at the first token that
+    differs from those of `said` and the cue alone.
+    """
+    given = tokenizer(said + cue, add_special_tokens=False).input_ids
+    whole = tokenizer(said + cue + t.gold, add_special_tokens=False).input_ids
+    begin = len(os.path.commonprefix([given, whole]))  # it compares lists, too
+    return Trajectory(t.prompt, response=whole, start=begin)
 
 @torch.no_grad()
 def features(model, batch, config):

@@ -50,7 +50,7 @@ KINDS = ["Qwen2", "Qwen3", "Llama"]
 # the most lines of each file, and of the method in each script, as reached; aimed at are 1,400, 1,150,
 # 2,400 and 260, and for the method 430 and 340
 CEILINGS = {"iiblpo.py": 2000, "ib_tpo.py": 1680, "test_iiblpo.py": 2650, "README.md": 360}
-METHOD_CEILINGS = {"iiblpo.py": 475, "ib_tpo.py": 370}
+METHOD_CEILINGS = {"iiblpo.py": 468, "ib_tpo.py": 360}
 each = pytest.mark.parametrize
 SCRIPTS = ("iiblpo.py", "ib_tpo.py")
 benchmark = pytest.mark.benchmark
