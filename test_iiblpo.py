@@ -164,7 +164,7 @@ def clipped_objective(r, A):
     return torch.minimum(r.clamp(max=3) * A, r.clamp(0.8, 1.2) * A)
 
 def shake(batch):
-    """Move ln π_old away from the policy's ln π: ratios differ from 1, and some are clipped."""
+    """Move ln π_old away from ln π, so that ratios differ from 1 and some are clipped."""
     for t in batch:
         t.logps = t.logps + 0.3 * torch.randn(len(t.logps))
 
@@ -245,7 +245,7 @@ def test_chain_arithmetic():
 
 @each("habit", [0, 0.75, 1])
 def test_habit_is_the_share_of_leftmost_reductions(habit):
-    """Where the leftmost reduction can be told from the others, its share is habit or luck."""
+    """Where it can be told which operator was reduced, the leftmost was by habit, or by chance."""
     rng, left, expected, variance = random.Random(0), 0, 0.0, 0.0
     for q in m.chain_questions(rng, [3, 7], False, 1500):
         lines = [q[:-1], *m.demonstration(q, rng, habit).split("\n")]
@@ -598,7 +598,8 @@ def begun(model, c):
     return [replace(t, start=len(t.response) // 2) for t in batch]
 
 def test_the_latents_loss_is_the_elbo_of_the_steered_policy(monkeypatch):
-    """The loss is the mean of -ln π(o_>=t* | c, z) + KL(q_φ || p_ψ) / 2, the KL only of `above`."""
+    """The loss is the mean of -ln π(o_>=t* | c, z) + KL / 2, the KL being that of q_φ from p_ψ.
+    Of the KL, which is worked out here for Gaussians, only the dimensions in `above` count."""
     model, c, (cvae, psa) = steered("--psa_halflife", 4, "--psa_layers", 2)
     cvae.posterior_net[-1].weight.data *= 9
     batch, seen, real = begun(model, c), [], psa.steer
@@ -720,7 +721,7 @@ def test_ib_score_by_hand():
     assert s.tolist() == approx([0.5 * 2 / 2.0001 - 1 / 1.0001, -0.5 * 2 / 2.0001 + 1 / 1.0001, 0])
 
 def test_ib_score_orders_four_responses_as_the_case_study_does():
-    """S_IB ranks as the authors' scores, concise .85, drifting .20, verbose .15, looping -.85."""
+    """S_IB ranks as the authors' scores do, which are .85, .20, .15 and -.85 in this order."""
     responses = {  # tokens, mean H_t, gain in nats per token of the answer
         "concise": (8, 0.5, 2.0), "drifting": (10, 1.0, -0.5),
         "verbose": (24, 0.5, 2.0), "looping": (30, 0.02, 0.0)}
@@ -733,7 +734,7 @@ def test_ib_score_orders_four_responses_as_the_case_study_does():
     assert min(score["drifting"], score["verbose"]) > score["looping"]
 
 def test_the_filter_keeps_a_contrast_within_each_reward():
-    """Of right branches those of highest S_IB stay, of wrong ones those of lowest."""
+    """Of right branches those of highest S_IB stay, of wrong ones of lowest, and all rollouts."""
     def branch(reward, score, length=5, group=0):
         return m.Trajectory([1], response=[2] * length, group=group, reward=reward, score=score,
                             is_branch=True)
@@ -806,7 +807,7 @@ def test_policy_loss_slowly():
         assert stats["clipped"] == approx(cut / len(terms))
 
 def test_pass_at_k_by_enumeration_and_distinct_n():
-    """pass@k is the share of k of the n samples that hold one of the c right ones, at least."""
+    """pass@k is the share of k-subsets of n samples that hold at least one of the c right ones."""
     for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
         if c <= n and k <= n:
             found = [min(s) < c for s in itertools.combinations(range(n), k)]
@@ -1403,7 +1404,7 @@ def test_bf16_only_where_the_card_has_it(has_bf16):
 # ---- real models
 
 def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeypatch):
-    """A Llama with a BPE tokenizer, no pad token and a chat template runs as models of the hub."""
+    """A Llama with a BPE tokenizer, no pad token and a chat template runs like one of the hub."""
     monkeypatch.chdir(tmp_path)
     prompt = config("--model", "x").prompt
     tokenizer = bpe_tokenizer([r["question"] + r["answer"] + prompt for r in ROWS])
@@ -1476,7 +1477,7 @@ def test_a_template_that_raises_is_one_line(folder, capsys):
     assert "chat template cannot be used" in message and "roles must alternate" in message
 
 def test_the_tokenizer_is_saved_as_it_was_for_either_release_of_transformers(folder):
-    """The tokenizer's class is the saved one's, as transformers 4 does not know that of 5."""
+    """The class that is saved is one that transformers 4 knows, unlike what 5 would write."""
     run("--method", "grpo", "--max_steps", 1, "--out", "run")
     saved = json.loads(Path("run/model/tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -1576,7 +1577,7 @@ def test_ridge_slowly():
     assert m.ridge_probe(x, y, new).allclose(predicted, atol=1e-5)
 
 def test_a_planted_head_is_found_and_reported(folder, monkeypatch, capsys):
-    """The head is found from whose output for each prompt the prompt's difficulty was made."""
+    """The probe finds the head from whose output each prompt's difficulty was made."""
     seed(0)
     c = config(*QUICK, "--eval_prompts", 200, "--eval_samples", 5, "--max_new_tokens", 1)
     model, tokenizer = m.load_policy(c)
@@ -1949,7 +1950,7 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
 
 def attack(strings):
-    """Verify each string against a gold and itself plus one; it is never right, late, nor leaks."""
+    """Verify strings against a gold and themselves plus one; none is right, slow or leaks."""
     memory, worst = peak_memory(), (0, "")
     gc.freeze()  # or else a collection of all that the tests hold would count as an answer's time
     golds = itertools.cycle(["3", r"\frac{1}{2}", "(1,2)", "x+1", "50%", "0"])
@@ -2108,7 +2109,7 @@ def test_a_tree_by_hand():
         assert [found[node[s]] for s in "abcdefgh"] == approx(A.tolist(), abs=1e-6)
 
 def test_a_child_counts_as_often_as_it_was_drawn_at_its_node():
-    """A step counts once for each trajectory that drew it, not for those that go on from it."""
+    """A step counts once for each trajectory that drew it, and not for those that go on from it."""
     root, node = hand_tree([  # a has two tokens, so that two go on from a, and one from b
         ("abc", 1.0), ("f", 0.0), ("abd", 1.0, 2), ("ae", 1.0, 2), ("abd", 0.0, 3)])
     assert [node[s].visits for s in "abcdef"] == [4, 3, 1, 2, 1, 1]
@@ -2153,7 +2154,7 @@ def test_samplers_choose_as_they_say_and_where_there_is_room():
     assert names(2, "ib", "--max_new_tokens", 3) == "qg"  # b ends at token 3: no room
 
 def test_the_estimator_is_the_closed_form_where_shares_are_probabilities():
-    """J_IB estimates (1+β) Σ π² (p(a*|s)/p(a*|v) - (1 + 1/β)), and is that where π(s) is known."""
+    """J_IB is (1+β) Σ π² (p(a*|s)/p(a*|v) - (1 + 1/β)) where samples' shares are exact."""
     pi, p, root = tensor([0.5, 0.3, 0.2]), tensor([0.9, 0.5, 0.1]), tpo.Node([9])
     for s, (count, right) in enumerate([(50, 45), (30, 15), (20, 2)]):
         for i in range(count):
@@ -2162,7 +2163,7 @@ def test_the_estimator_is_the_closed_form_where_shares_are_probabilities():
     assert tpo.ib_score(root, 5.0) == approx(closed.item(), abs=1e-6)
 
 def grown(kind="Qwen2", n=3, sampler="ib"):
-    """Return a random policy, roots of trees of it with arbitrary rewards, their trajectories."""
+    """Return a random policy, roots of its trees with arbitrary rewards, and trajectories."""
     model = small_model(kind)
     c = tree_config("--max_new_tokens", 24, "--tree", 3, 4, 2, 2, "--sampler", sampler)
     problems = prompts(*(q + "\n" for q in m.chain_questions(random.Random(0), [2, 7], False, n)))
@@ -2210,7 +2211,7 @@ def packed(model, roots, reference, *flags):
 
 def flat(model, roots, reference, *flags, outcomes=None):
     """Return loss, gradient and clipped share, by one pass for each trajectory of the trees.
-    outcomes: the trajectories' advantages, in place of their steps'."""
+    The advantages are those of steps, or else `outcomes`, those of trajectories."""
     c, terms, cut = tree_config(*flags), [], []
     for root, leaf in ((root, leaf) for root in roots for leaf in leaves(root)):
         A, t = tpo.step_advantages(root, c), upto(root, leaf)
@@ -2228,7 +2229,7 @@ def flat(model, roots, reference, *flags, outcomes=None):
 
 @each("kind, advantage", [*zip(KINDS + ["GPTNeoX"], ["gl+ib", "gl", "ib", "grpo"])])
 def test_the_packed_update_is_the_flat_one(kind, advantage):
-    """A tree run once has loss and gradient of its separate trajectories, with clip and KL."""
+    """A tree run once has the loss and gradient of its separate trajectories, with clip and KL."""
     (model, roots, _), reference = grown(kind), small_model(kind, seed=1)
     flags = ["--advantage", advantage, "--kl", 0.1]
     shake_trees(roots)
@@ -2459,7 +2460,7 @@ def evidence(run):
 
 @benchmark
 def test_evidence(monkeypatch):
-    """The methods gain on GRPO what README says; a run that is there already is not run again."""
+    """Both methods keep GRPO's pass@1 and gain in sound responses; runs are not done twice."""
     monkeypatch.chdir(HERE)
     for flags in ("", "--habit 0", "--habit 0.5", "--habit 0.9"):
         m.warm_start(config(*flags.split()))
@@ -2612,7 +2613,7 @@ def test_memory_of_an_update_at_the_defaults():
 
 @benchmark
 def test_the_price_of_running_layers_again():
-    """Recomputing costs at most half of an update's time, on a quarter of the default's tokens."""
+    """Running layers again makes an update, here of a quarter, 1.5 times as long at most."""
     times = [update_of_half_a_billion("iiblpo", again, "4")[1] for again in ("True", "False")]
     assert times[0] <= 1.5 * times[1]
 
