@@ -26,11 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
-try:
+if os.name != "nt":  # Windows has none
     import resource
-except ImportError:  # Windows has none
-    resource = None
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import datasets
 import mpmath
@@ -41,6 +40,7 @@ import transformers
 from pytest import approx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import ib_tpo as tpo
 import iiblpo as m
@@ -58,26 +58,31 @@ posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell or file 
 seed = torch.manual_seed
 TINY = m.tiny_tokenizer()
 
+def source(name):
+    return (HERE / name).read_text(encoding="utf-8")
+
 def config(*flags):
     return m.parse_config("iiblpo", list(map(str, flags)))
 
 def tree_config(*flags):
     return tpo.parse_config("ib_tpo", list(map(str, flags)))
 
-def small_model(kind="Qwen2", seed=0, **changes):
-    """A random decoder over the tiny tokenizer, wide enough in its weights to have opinions."""
+def small_model(kind="Qwen2", seed=0, ends=None, **changes):
+    """Return a random decoder over the tiny tokenizer, with weights wide enough for opinions."""
     torch.manual_seed(seed)
-    shape = dict(vocab_size=18, hidden_size=32, intermediate_size=64, num_hidden_layers=3, head_dim=16,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None,
-                 eos_token_id=1, pad_token_id=0, tie_word_embeddings=True, initializer_range=0.2)
+    shape = dict(vocab_size=18, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                 head_dim=16, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+                 tie_word_embeddings=True, initializer_range=0.2)
     c = getattr(transformers, kind + "Config")(**{**shape, **changes})
     model = getattr(transformers, kind + "ForCausalLM")(c).eval()
-    model.generation_config = transformers.GenerationConfig(eos_token_id=[1], pad_token_id=0)
+    ends = [1] if ends is None else ends
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
     return model
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory to write to, with a model folder `policy`."""
+    """Make a working directory with a model folder `policy`, and go there."""
     monkeypatch.chdir(tmp_path)
     small_model().save_pretrained("policy")
     TINY.save_pretrained("policy")
@@ -89,25 +94,33 @@ def by_checksum(batch, config):
 
 @pytest.fixture
 def rewarded(folder, monkeypatch):
-    """The same, where about half of all responses are right."""
+    """Make the same directory, and let about half of all responses be right."""
     for script in (m, tpo):
         monkeypatch.setattr(script, "assign_rewards", by_checksum)
 
-SMALL = [f"--config={HERE / 'tiny_config.yaml'}", *"--model policy --max_new_tokens 12 --max_steps 4 "
-         "--eval_prompts 4 --eval_samples 2 --max_tokens 0 --save_every 2 --lr 1e-3".split()]
-QUICK = [*SMALL, *"--keep 0.75 --prompts_per_step 4 --rollouts 4 --initial 2 --branches 2 --cvae_pairs 24 "
-         "--cvae_steps 3".split()]
+SMALL = [f"--config={HERE / 'tiny_config.yaml'}",
+         *"--model policy --max_new_tokens 12 --max_steps 4 --eval_prompts 4 --eval_samples 2 "
+         "--max_tokens 0 --save_every 2 --lr 1e-3".split()]
+QUICK = [*SMALL, *"--keep 0.75 --prompts_per_step 4 --rollouts 4 --initial 2 --branches 2 "
+         "--cvae_pairs 24 --cvae_steps 3".split()]
 TREES = [*SMALL, *"--prompts_per_step 3 --tree 2 3 1 1".split()]
 
+def start(script, *flags):
+    return script.main(list(map(str, flags)))
+
 def run(*flags):
-    return m.main(list(map(str, [*QUICK, *flags])))
+    return start(m, *QUICK, *flags)
+
+def load(dataset, *flags):
+    """Return the problems to train on and those held out, for a real model."""
+    return m.load_problems(config("--model", "x", "--dataset", dataset, *flags))
 
 def prompts(*texts):
     texts = texts or ("1+2=\n", "3*4*5-6+7=\n", "9-9=\n")
     return [m.Trajectory(TINY(t).input_ids, group=i) for i, t in enumerate(texts)]
 
 def refused(capsys, *flags, script=m):
-    """The one line that a mistake ends in."""
+    """Run a script with a mistake among its flags; return the one line that it ends with."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as e:
         script.main(list(map(str, flags)))
@@ -116,38 +129,49 @@ def refused(capsys, *flags, script=m):
     return line
 
 def metrics(folder):
-    """The lines of metrics.jsonl, without what the clock says."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k not in ("rollout_s", "update_s")} for x in lines]
+    """Return the lines of metrics.jsonl, without what the clock says."""
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in x.items() if k not in ("rollout_s", "update_s")} for x in lines]
 
 def grabber(model):
-    """An optimizer that keeps the gradient instead of stepping."""
+    """Return an optimizer that keeps the gradient instead of stepping."""
     grads = []
-
-    def step():
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-
-    return SimpleNamespace(step=step, zero_grad=model.zero_grad, grads=grads)
+    return SimpleNamespace(grads=grads, zero_grad=model.zero_grad, step=lambda: grads.append(
+        torch.cat([p.grad.flatten() for p in model.parameters()])))
 
 def bpe_tokenizer(texts):
-    """A small byte-level BPE that cuts words as Qwen2 does: ".\\n\\n" may be one token."""
+    """Return a small byte-level BPE that cuts words as Qwen2 does; ".\\n\\n" may be one token."""
     backend = Tokenizer(models.BPE())
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = Regex(r"[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+| ?\p{L}+|\p{N}|\s+")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), pieces])
+    split = pre_tokenizers.Split(words, "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pieces])
     backend.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<|user|>", "<|end|>"]
     backend.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=pieces.alphabet()))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 def teacher_forced(model, t):
-    """ln π(o_t) and H_t of one trajectory, alone, without padding, from the full logits."""
+    """Return ln π(o_t) and H_t of one trajectory, run alone, without padding, from all logits."""
     logp = model(tensor([t.prompt + t.response])).logits[0, len(t.prompt) - 1:-1].log_softmax(-1)
     return logp.gather(1, tensor(t.response)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 def gradient(loss, model):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+def clipped_objective(r, A):
+    """Return min(min(r, 3) A, clip(r) A) of tokens whose ratios are r, at the default clip 0.2."""
+    return torch.minimum(r.clamp(max=3) * A, r.clamp(0.8, 1.2) * A)
+
+def shake(batch):
+    """Move ln π_old away from ln π, so that ratios differ from 1 and some are clipped."""
+    for t in batch:
+        t.logps = t.logps + 0.3 * torch.randn(len(t.logps))
+
+def shake_trees(roots):
+    seed(5)
+    shake(node for root in roots for node in root.walk()[1:])
 
 def far(a, b):
     return ((a - b).norm() / b.norm()).item()
@@ -159,29 +183,32 @@ def same(a, b):
 
 def test_flags_win_over_the_file_over_the_defaults(tmp_path):
     assert config().dataset == "chain" and config("--lr", 0.5).lr == 0.5
-    c = config("--model", "Qwen2.5-0.5B")
-    assert (c.lr, c.z_dim, c.kappa, c.top_frac, c.dataset) == (1e-6, 128, 0.005, 0.05, "gsm8k")  # the papers'
+    c = config("--model", "Qwen2.5-0.5B")  # with the papers' settings
+    assert (c.lr, c.z_dim, c.kappa, c.top_frac, c.dataset) == (1e-6, 128, 0.005, 0.05, "gsm8k")
     file = tmp_path / "c.yaml"
-    file.write_text("common: {lr: 2.0e-4, seed: 6}\niiblpo: {seed: 7, operands: [2, 3]}\nib_tpo: {x: 1}\n")
+    file.write_text("common: {lr: 2.0e-4, seed: 6}\n"
+                    "iiblpo: {seed: 7, operands: [2, 3]}\nib_tpo: {x: 1}\n")
     c = config("--model", "x", "--config", file, "--keep", 0.5)
     assert (c.lr, c.seed, c.operands, c.z_dim, c.keep) == (2e-4, 7, [2, 3], 128, 0.5)
     assert config("--method", "dapo").clip_high == 0.28 and config().clip_high == 0.2
 
 @each("text, message", [
-    ("common: {max_step: 3}", "--max_step"), ("common: {lr: fast}", "'fast'"), ("- a\n- b", "sections"),
-    ("common: {method: ppo}", "'ppo'"), ("lr: [", "cannot read"), ("common: {operands: [2]}", "operands"),
-    ("comon: {}", "'common'")])
+    ("common: {max_step: 3}", "--max_step"), ("common: {lr: fast}", "'fast'"),
+    ("- a\n- b", "sections"), ("common: {method: ppo}", "'ppo'"), ("lr: [", "cannot read"),
+    ("common: {operands: [2]}", "operands"), ("comon: {}", "'common'")])
 def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
     (tmp_path / "c.yaml").write_text("iiblpo: {}\n" * text.startswith("com") + text)
     assert message in refused(capsys, "--config", tmp_path / "c.yaml")
 
 @each("flags, message", [
     ("--prompt x", "{q"), ("--operands 5 3", "operands"), ("--initial 4", "below rollouts"),
-    ("--resume", "to resume"), ("--out policy", "policy exists"), ("--out policy/config.json/x", "cannot"),
-    ("--max_new_tokens 9999", "too many for the model"), ("--top_frac 1.1", "top_frac"),
-    ("--operands 2 3 --eval_prompts 900", "there are not 900"), ("--dataset none.jsonl", "none.jsonl"),
-    ("--model tiny --dataset d.jsonl", "needs a --model"), ("--model no/such", "the model no/such"),
-    ("--lr x", "'x'"), ("--rollouts 0", "rollouts must be from 1"), ("--config no.yml", "no.yml"), ("--out /proc/x/y", "cannot write")])
+    ("--resume", "to resume"), ("--out policy", "policy exists"),
+    ("--out policy/config.json/x", "cannot"), ("--max_new_tokens 9999", "too many for the model"),
+    ("--top_frac 1.1", "top_frac"), ("--operands 2 3 --eval_prompts 900", "there are not 900"),
+    ("--dataset none.jsonl", "none.jsonl"), ("--model tiny --dataset d.jsonl", "needs a --model"),
+    ("--model no/such", "the model no/such"), ("--lr x", "'x'"),
+    ("--rollouts 0", "rollouts must be from 1"), ("--config no.yml", "no.yml"),
+    ("--out /proc/x/y", "cannot write")])
 def test_a_mistake_is_one_line_before_any_work(folder, capsys, flags, message):
     before = set(Path().rglob("*"))
     assert message in refused(capsys, *QUICK, *flags.split())
@@ -189,8 +216,8 @@ def test_a_mistake_is_one_line_before_any_work(folder, capsys, flags, message):
 
 @each("script", [m, tpo])
 def test_every_number_has_its_range(script, capsys):
-    may_be_0 = ("seed max_tokens habit psa_gamma psa_halflife keep "
-                "kappa lr clip_low eval_every clip_high entropy_bonus top_frac max_grad_norm lam kl").split()
+    may_be_0 = ("seed max_tokens habit psa_gamma psa_halflife keep kappa lr clip_low eval_every "
+                "clip_high entropy_bonus top_frac max_grad_norm lam kl").split()
     may_be_0.append("beta" if script is m else "rollouts")
     for name, default in asdict(script.Config()).items():
         for text in ["-1", "nan", "1e30", "9" * 30, "0"] * (not isinstance(default, (bool, str))):
@@ -213,27 +240,31 @@ def test_chain_arithmetic():
     rng = random.Random(0)
     for q in m.chain_questions(rng, [2, 7], False, 200):
         lines = [q[:-1], *m.demonstration(q, rng, 0.3).split("\n")]
-        for a, b in zip(lines, lines[1:-1]):  # each line follows from the one before by one reduction
+        for a, b in zip(lines, lines[1:-1]):  # each line is one reduction behind the one before
             assert b in [m.reduce_at(a, i) for i in range(1, len(a), 2)]
         assert lines[-1] == "#" + lines[-2] and m.chain_value(q) == str(eval(q[:-1]) % 10)
 
 @each("habit", [0, 0.75, 1])
 def test_habit_is_the_share_of_leftmost_reductions(habit):
+    """Where it can be told which operator was reduced, the leftmost was by habit, or by chance."""
     rng, left, expected, variance = random.Random(0), 0, 0.0, 0.0
     for q in m.chain_questions(rng, [3, 7], False, 1500):
         lines = [q[:-1], *m.demonstration(q, rng, habit).split("\n")]
         for a, b in zip(lines, lines[1:-1]):
             results = [m.reduce_at(a, i) for i in range(1, len(a), 2)]
-            if results.count(results[0]) == 1 < len(results):  # else nobody can tell what was reduced
+            if results.count(results[0]) == 1 < len(results):
                 p = habit + (1 - habit) / len(results)
-                left, expected, variance = left + (b == results[0]), expected + p, variance + p * (1 - p)
+                left += b == results[0]
+                expected += p
+                variance += p * (1 - p)
     assert expected > 1000 * max(habit, 0.3) and abs(left - expected) <= 4 * math.sqrt(variance)
 
 def test_evaluation_problems_are_held_out():
     train, heldout = m.load_problems(config("--operands", 4, 5))
     other, again = m.load_problems(config("--operands", 4, 5, "--seed", 5))
     assert heldout == again and train != other and len(set(heldout)) == 256
-    assert not {*train, *other} & {*heldout} and all(gold == m.chain_value(q) for q, gold in train + heldout)
+    assert not {*train, *other} & {*heldout}
+    assert all(gold == m.chain_value(q) for q, gold in train + heldout)
 
 def test_streams_of_random_numbers_differ(monkeypatch):
     seeds, real = [], random.Random
@@ -252,19 +283,17 @@ def test_copying_the_question_earns_nothing():
 
 def test_a_warm_start_is_made_once_and_never_in_halves(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ("--warm_steps 3 --operands 2 3 --max_steps 1 --eval_prompts 2 --eval_samples 1 --method grpo "
-             "--prompts_per_step 2 --rollouts 2 --out run").split()
+    flags = ("--warm_steps 3 --operands 2 3 --max_steps 1 --eval_prompts 2 --eval_samples 1 "
+             "--method grpo --prompts_per_step 2 --rollouts 2 --out run").split()
     with monkeypatch.context() as patch:
-        tokenizers = transformers.PreTrainedTokenizerFast
-        patch.setattr(tokenizers, "save_pretrained", lambda *a: open("/no/x", "w"))
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", lambda *a: open("/no/x", "w"))
         assert "cannot write" in refused(capsys, *flags)
     assert not Path("run").exists() and not list(Path("runs").glob("warm_start-*[0-9a-f]"))
     made = m.warm_start(config(*flags))
     monkeypatch.setattr(torch.optim, "Muon", None)  # it is not trained again
     assert m.warm_start(config(*flags)) == made and m.main(flags)["after"]["length"] > 0
     assert sum(p.numel() for p in m.load_policy(config(*flags))[0].parameters()) == 643_328
-    changes = ["--warm_steps 2", "--habit 0.5", "--operands 2 4", "--prompt {question}"]
-    for change in changes:
+    for change in ("--warm_steps 2", "--habit 0.5", "--operands 2 4", "--prompt {question}"):
         with pytest.raises(TypeError):
             m.warm_start(config(*flags, *change.split()))  # another one
 
@@ -275,43 +304,47 @@ def write_lines(rows):
 
 def test_local_files_of_each_kind(folder):
     write_lines(ROWS)
-    other = [{"prompt": r["question"], "solution": rf"so \boxed{{{2 * i}}}"} for i, r in enumerate(ROWS)]
+    other = [{"prompt": row["question"], "solution": rf"so \boxed{{{2 * i}}}"}
+             for i, row in enumerate(ROWS)]
     datasets.Dataset.from_list(other).to_parquet("d.parquet")
     for name in ("d.jsonl", "d.parquet"):
-        train, heldout = m.load_problems(config("--model", "x", "--dataset", name, "--eval_prompts", 8))
-        assert (len(train), train[3], heldout[0]) == (32, ("What is 3+3?", "6"), ("What is 32+32?", "64"))
-    write_lines([{"question": "What?", "answer": r"\boxed{}"}, *ROWS])  # as two of MATH's rows: left out
-    assert {gold for side in m.load_problems(config("--model", "x", "--dataset", "d.jsonl")) for _, gold in side} == {
-        str(2 * i) for i in range(40)}
+        train, heldout = load(name, "--eval_prompts", 8)
+        assert len(train) == 32 and train[3] == ("What is 3+3?", "6")
+        assert heldout[0] == ("What is 32+32?", "64")
+    write_lines([{"question": "What?", "answer": r"\boxed{}"}, *ROWS])  # MATH has two such rows
+    assert {gold for side in load("d.jsonl") for _, gold in side} == {str(2 * i) for i in range(40)}
     write_lines(ROWS[:8] + ROWS[:6])  # half is held out at most, and no question is on both sides
-    train, heldout = m.load_problems(config("--model", "x", "--dataset", "d.jsonl"))
+    train, heldout = load("d.jsonl")
     assert len(heldout) == 7 and [q for q, _ in train] == ["What is 6+6?"]
 
-# A stand-in of each data set of the hub: a row as it is there, and its (question, gold).
 def rows_of_the_hub(i):
-    around = ("Solve the following math problem step by step. The last line of your response should be of "
-              "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n",
+    """Return row i of stand-ins of the hub's data sets, each in the form that rows have there."""
+    q, a = f"q{i}", str(i)
+    around = ("Solve the following math problem step by step. The last line of your response "
+              "should be of the form Answer: $Answer (without quotes) where $Answer is the answer "
+              "to the problem.\n\n",
               '\n\nRemember to put your answer on its own line after "Answer:".')
     return {
-        "gsm8k": {"question": f"q{i}", "answer": f"So <<1+1=2>>.\n#### {i}"},
-        "math": {"problem": f"q{i}", "level": "Level 5", "solution": f"So $\\boxed{{{i}}}$."},
-        "dapo": {"prompt": f"q{i}".join(around), "solution": str(i), "ability": "math",
-                 "reward_model": {"ground_truth": str(i), "style": "rule"}},
-        "math500": {"problem": f"q{i}", "solution": f"\\boxed{{{i}}}", "answer": str(i), "level": 3},
-        "aime24": {"id": i, "problem": f"q{i}", "solution": "see there", "answer": str(i), "url": "x"},
-        "aime25": {"problem": f"q{i}", "answer": str(i), "id": str(i)},
-        "olympiadbench": {"question": f"q{i}", "solution": ["long"], "final_answer": [str(i)]},
-        "ByteDance/verl": {"prompt": [{"role": "system", "content": "Be brief."},
-                                      {"role": "user", "content": f"q{i}"}],
-                           "reward_model": {"ground_truth": str(i)}},
-        "some/numbers:all": {"Problem": f"q{i}", "Answer": i}}
+        "gsm8k": {"question": q, "answer": f"So <<1+1=2>>.\n#### {a}"},
+        "math": {"problem": q, "level": "Level 5", "solution": f"So $\\boxed{{{a}}}$."},
+        "dapo": {"prompt": q.join(around), "solution": a, "ability": "math",
+                 "reward_model": {"ground_truth": a, "style": "rule"}},
+        "math500": {"problem": q, "solution": f"\\boxed{{{a}}}", "answer": a, "level": 3},
+        "aime24": {"id": i, "problem": q, "solution": "see there", "answer": a, "url": "x"},
+        "aime25": {"problem": q, "answer": a, "id": a},
+        "olympiadbench": {"question": q, "solution": ["long"], "final_answer": [a]},
+        "ByteDance/verl": {
+            "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": q}],
+            "reward_model": {"ground_truth": a}},
+        "some/numbers:all": {"Problem": q, "Answer": i}}
 
-SPLITS = {"gsm8k": ["train", "test"], "math": ["train", "test"], "math500": ["test"], "aime25": ["test"]}
+SPLITS = {"gsm8k": ["train", "test"], "math": ["train", "test"],
+          "math500": ["test"], "aime25": ["test"]}
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stand-ins in the place of `datasets.load_dataset`, under their repositories' names."""
-    def load(repository, subset=None):
+    """Let `datasets.load_dataset` find the stand-ins, under their repositories' names."""
+    def load_dataset(repository, subset=None):
         name = ":".join(filter(None, [repository, subset]))
         name = {address: short for short, address in m.HUB.items()}.get(name, name)
         tables = {}
@@ -320,11 +353,11 @@ def hub(monkeypatch):
             tables[side] = datasets.Dataset.from_list(rows)
         return datasets.DatasetDict(tables)
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
 @each("name", rows_of_the_hub(0))
 def test_data_sets_of_the_hub_load_by_name(hub, name):
-    train, heldout = m.load_problems(config("--model", "x", "--dataset", name, "--eval_prompts", 8))
+    train, heldout = load(name, "--eval_prompts", 8)
     first = 1000 if len(SPLITS.get(name, ["train"])) == 2 else 0  # the first row of the test split
     assert len(heldout) == 8 and len(train) == (40 if first else 32)
     for question, gold in train + heldout:
@@ -334,11 +367,9 @@ def test_data_sets_of_the_hub_load_by_name(hub, name):
         assert max(int(gold) for _, gold in heldout) > 1010  # shuffled: it may be sorted by subject
 
 def test_an_evaluation_data_set_takes_the_place_of_held_out_problems(hub):
-    flags = ["--model", "x", "--dataset", "dapo", "--eval_dataset", "math500", "--eval_prompts", 8]
-    train, heldout = m.load_problems(config(*flags))
-    questions = {question for question, _ in heldout}
-    assert len(heldout) == 8
-    assert len(train) == 32 and not questions & {question for question, _ in train}
+    train, heldout = load("dapo", "--eval_dataset", "math500", "--eval_prompts", 8)
+    assert len(heldout) == 8 and len(train) == 32
+    assert not {question for question, _ in heldout} & {question for question, _ in train}
 
 def test_an_unknown_data_set_is_one_line(capsys):
     message = refused(capsys, "--model", "x", "--dataset", "gms8k", "--out", "x")
@@ -346,19 +377,20 @@ def test_an_unknown_data_set_is_one_line(capsys):
     assert "the chain task has" in refused(capsys, "--eval_dataset", "math500")
 
 def test_qwen_is_short_for_its_repository(hub, capsys):
-    assert "cannot load the model Qwen/Qwen2.5-0.5B" in refused(capsys, "--model", "Qwen2.5-0.5B", "--out", "x")
+    message = refused(capsys, "--model", "Qwen2.5-0.5B", "--out", "x")
+    assert "cannot load the model Qwen/Qwen2.5-0.5B" in message
 
 @each("rows, message", [
-    ([], "cannot load the dataset"), ([{"q": "a", "answer": "b"}] * 9, "needs in each row a question"),
+    ([], "cannot load the dataset"),
+    ([{"q": "a", "answer": "b"}] * 9, "needs in each row a question"),
     ([{"question": "a", "a": "b"}] * 9, "and an answer"), (ROWS[:1] * 9, "not held out"),
     (ROWS[:5] + [{"question": "x", "answer": None}], "and an answer"),
     (ROWS[:5] + [{"question": "", "answer": "5"}], "a question"), (b"[1, 2]\n[3]\n", "d.jsonl"),
     ([{"prompt": [{"role": "system", "content": "Be brief."}], "answer": "2"}] * 9, "a question"),
-    ([{"question": "x", "answer": ["1", "2"]}] * 9, "and an answer"),
-    ([{"question": "x", "answer": {"value": 1}}] * 9, "and an answer"),
-    ([{"question": "x", "answer": math.nan}] * 9, "and an answer"),
-    ([{"question": "x", "answer": "2024-01-05T00:00:00"}] * 9, "and an answer"),  # becomes a date
-    (ROWS[:2] + [{"question": "x", "answer": "so " * 200}], "at most 300 characters"), (ROWS[:1], "cannot load"),
+    *[([{"question": "x", "answer": answer}] * 9, "and an answer") for answer in (
+        ["1", "2"], {"value": 1}, math.nan, "2024-01-05T00:00:00")],  # the last becomes a date
+    (ROWS[:2] + [{"question": "x", "answer": "so " * 200}], "at most 300 characters"),
+    (ROWS[:1], "cannot load"),
     ('{"question": "é", "answer": "1"}\n'.encode("latin-1") * 9, "d.jsonl")])
 def test_bad_data_is_one_line(folder, capsys, rows, message):
     Path("d.jsonl").write_bytes(rows) if isinstance(rows, bytes) else write_lines(rows)
@@ -369,13 +401,13 @@ def test_each_process_needs_a_problem(folder, capsys, monkeypatch):
     write_lines(ROWS[:4])
     monkeypatch.setattr(m, "WORLD", 3)
     with pytest.raises(SystemExit):
-        m.load_problems(config("--model", "x", "--dataset", "d.jsonl"))
+        load("d.jsonl")
     assert "2 problems" in capsys.readouterr().err
 
 # ---- sampling, and PSA
 
 def steered(*flags, kind="Qwen2", scale=10):
-    """A policy, and latents with weights large enough to matter."""
+    """Return a policy, its config, and latents with weights large enough to matter."""
     model = small_model(kind)
     c = config("--z_dim", 4, "--max_new_tokens", 14, "--micro_tokens", 90, "--rollouts", 99, *flags)
     seed(5)
@@ -385,12 +417,12 @@ def steered(*flags, kind="Qwen2", scale=10):
     return model, c, latents
 
 def steer(psa, batch, z):
-    """`psa.steer` in the columns of last_states, where column P + t is token t."""
+    """Steer in the columns of `last_states`, where column P + t is token t."""
     P = max(len(t.prompt) for t in batch)
     return psa.steer(z, tensor([P + t.start - 1 for t in batch]))
 
 def catch_latents(monkeypatch, cvae):
-    """A list of the latents that will be drawn, in the order of the branches: first ones of all, second ones."""
+    """Return a list that will hold the latents drawn, first those of all first branches."""
     found, real = [], cvae.sample
 
     def spy(prefix, k):
@@ -402,20 +434,26 @@ def catch_latents(monkeypatch, cvae):
     return found
 
 def slow_tokens(model, psa, t, z=None):
-    """ln π(o_t) and H_t by Qwen2 with PSA in plain loops over positions and heads; no cache, no mask."""
-    c, ids, layers = model.config, tensor(t.prompt + t.response), model.model.layers
-    n, D, KV, born = len(ids), c.head_dim, c.num_key_value_heads, len(t.prompt) + t.start - 1
-    angle = torch.arange(n)[:, None] / c.rope_parameters["rope_theta"] ** (torch.arange(0, D, 2) / D)
+    """Return ln π(o_t) and H_t of Qwen2 with PSA, by loops over positions and heads, uncached."""
+    c, layers = model.config, model.model.layers
+    ids = tensor(t.prompt + t.response)
+    n, D, KV = len(ids), c.head_dim, c.num_key_value_heads
+    born = len(t.prompt) + t.start - 1  # the column whose state predicts o_t*
+    L = psa.to_norm.out_features // c.hidden_size  # how many layers see the latent
+    theta = c.rope_parameters["rope_theta"]
+    angle = torch.arange(n)[:, None] / theta ** (torch.arange(0, D, 2) / D)
     cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
-    x, L = model.model.embed_tokens(ids), psa.to_norm.out_features // c.hidden_size
+    x = model.model.embed_tokens(ids)
 
     def rotate(x):
         return x * cos + torch.cat([-x[:, D // 2:], x[:, :D // 2]], -1) * sin
 
-    for l, layer in enumerate(layers, L - len(layers)):  # below 0: not steered
-        h, out, a, sees = [], [], layer.self_attn, z is not None and l >= 0
+    for l, layer in enumerate(layers, L - len(layers)):  # those below 0 do not see it
+        h, out, a = [], [], layer.self_attn
+        sees = z is not None and l >= 0
         if sees:
-            key, value = (psa.gamma * (p.weight @ z).view(L, KV, 1, D)[l] for p in (psa.to_key, psa.to_value))
+            key = psa.gamma * (psa.to_key.weight @ z).view(L, KV, 1, D)[l]
+            value = psa.gamma * (psa.to_value.weight @ z).view(L, KV, 1, D)[l]
             change = psa.gamma * (psa.to_norm.weight @ z).view(L, -1)[l]
         for i in range(n):
             w = layer.input_layernorm.weight
@@ -435,9 +473,10 @@ def slow_tokens(model, psa, t, z=None):
     return torch.stack([q[o].log() for q, o in zip(p, t.response)]), -(p * p.log()).sum(-1)
 
 @each("kind, flags", [(kind, []) for kind in KINDS] + [
-    ("Qwen2", ["--psa_layers", 2, "--psa_halflife", 3, "--psa_gamma", 0.7]), ("Qwen3", ["--psa_layers", 99])])
+    ("Qwen2", ["--psa_layers", 2, "--psa_halflife", 3, "--psa_gamma", 0.7]),
+    ("Qwen3", ["--psa_layers", 99])])
 def test_recorded_log_probs_are_those_of_a_teacher_forced_pass(kind, flags, monkeypatch):
-    """Prompts and prefixes of many lengths, several generate calls; bare, then steered."""
+    """Sampling and training agree on ln π, bare and steered, or else ratios would be wrong."""
     model, c, latents = steered("--generate_tokens", 150, "--top_frac", 0.6, *flags, kind=kind)
     starts = prompts("1+2=\n", "3*4*5-6+7=\n", "9-9-9=\n", "1=\n", "2+2+2+2=\n") * 2
     seed(1)
@@ -449,11 +488,14 @@ def test_recorded_log_probs_are_those_of_a_teacher_forced_pass(kind, flags, monk
     with steer(latents[1], children, torch.stack(drawn)):
         passes += zip(children, *m.token_logps(model, children))
     for t, logp, entropy, mask in passes:
-        n, own, before = len(t.response), slice(t.start, len(t.response)), slice(t.start or len(t.response))
-        assert t.complete == (t.response[-1] == 1) and 1 not in t.response[:-1] and 14 in (n, t.complete * 14)
+        n = len(t.response)
+        own, before = slice(t.start, n), slice(t.start or n)
+        assert t.complete == (t.response[-1] == 1) and 1 not in t.response[:-1]
+        assert t.complete or n == 14
         assert t.text == TINY.decode(t.response, skip_special_tokens=True) and len(t.entropy) == n
         assert mask.nonzero().flatten().tolist() == list(range(t.start, n))
-        assert (logp[own] - t.logps[own]).abs().max() < 1e-4 > (entropy[own] - t.entropy[own]).abs().max()
+        assert (logp[own] - t.logps[own]).abs().max() < 1e-4
+        assert (entropy[own] - t.entropy[own]).abs().max() < 1e-4
         bare, H = teacher_forced(model, t)
         if t in parents or t.start:  # a prefix was sampled without a latent
             assert (bare - t.logps)[before].abs().max() < 1e-4 > (H - t.entropy)[before].abs().max()
@@ -492,7 +534,7 @@ def test_a_prefix_is_untouched_by_its_branches_latents():
     assert (a - b)[born:].abs().amax(-1).min() > 1e-3
 
 def test_sampling_follows_the_policy():
-    """At temperature 1 from the softmax of the raw logits."""
+    """Tokens are drawn from the softmax of the raw logits, at temperature 1."""
     model, start, c = small_model(), prompts("1+2=\n"), config("--max_new_tokens", 1)
     p = model(tensor([start[0].prompt])).logits[0, -1].softmax(-1)
     drawn = tensor([t.response[0] for t in m.sample(model, TINY, start * 4000, c)])
@@ -508,6 +550,7 @@ def test_micro_batches():
 # ---- stage 1
 
 def test_branch_positions():
+    """t* is drawn uniformly from Ω, the top share of a response's candidates by entropy."""
     H = tensor([[9., .1, .8, .3, .7, 5.],
                 [9., 8., 9., .2, .1, 0.],
                 [1., 1., 1., 1., 1., 1.],
@@ -517,8 +560,7 @@ def test_branch_positions():
     # row 2: a single token, so 0; row 3: {4, 5} are the top two of five, and 5 is EOS
     drawn = []
     for i in range(600):
-        generator = torch.Generator().manual_seed(i)
-        drawn.append(m.branch_positions(H, mask, 0.5, generator).tolist())
+        drawn.append(m.branch_positions(H, mask, 0.5, torch.Generator().manual_seed(i)).tolist())
     assert [set(column) for column in zip(*drawn)] == [{2, 4}, {1}, {0}, {4, 5}]
     assert 250 < sum(row[0] == 2 for row in drawn) < 350  # uniform
     assert m.branch_positions(H, mask, 0.01).tolist() == [2, 1, 0, 5]  # at least one
@@ -528,6 +570,7 @@ def test_branch_positions():
     assert t.is_branch and not parent.is_branch  # o_t* is decided again
 
 def test_the_change_of_the_norms_halves_every_so_many_generated_tokens():
+    """A norm's weight w becomes w + w_z, where w_z = γ 2^(-age/half-life) W_N z from age 0 on."""
     model, c, (cvae, psa) = steered("--psa_halflife", 2, "--psa_gamma", 0.7)
     norm = model.model.layers[-1].input_layernorm
     x = torch.randn(1, 6, 32)
@@ -550,24 +593,29 @@ def test_latents_are_drawn_from_the_prior():
     assert prior.mean.allclose(cvae.prior(7 * c + 3).mean, atol=1e-3)  # features are standardised
 
 def begun(model, c):
-    """Prefixes of many lengths, and how they went on."""
+    """Return prefixes of many lengths together with how they went on."""
     seed(2)
     batch = m.sample(model, TINY, prompts() + prompts("1+1+2=\n"), c)
     return [replace(t, start=len(t.response) // 2) for t in batch]
 
 def test_the_latents_loss_is_the_elbo_of_the_steered_policy(monkeypatch):
+    """The loss is the mean of -ln π(o_>=t* | c, z) + KL / 2, the KL being that of q_φ from p_ψ.
+    Of the KL, which is worked out here for Gaussians, only the dimensions in `above` count."""
     model, c, (cvae, psa) = steered("--psa_halflife", 4, "--psa_layers", 2)
     cvae.posterior_net[-1].weight.data *= 9
-    batch, seen, real, e, kl = begun(model, c), [], psa.steer, [[], []], torch.zeros(4)
+    batch, seen, real = begun(model, c), [], psa.steer
+    prefixes, continuations, kl = [], [], torch.zeros(4)
     monkeypatch.setattr(psa, "steer", lambda z, born: seen.append(z) or real(z, born))
     seed(1)
     above = tensor([True, False, True, True])
-    loss, logps, fast_kl = m.latent_loss(model, (cvae, psa), batch, *m.features(model, batch, c), above)
-    for t in batch:  # mean states of the prefix, and of the continuation
-        hidden, n = model.model(tensor([t.prompt + t.response])).last_hidden_state[0], len(t.prompt) + t.start
-        e[0].append(hidden[:n].mean(0))
-        e[1].append(hidden[n:].mean(0))
-    prefix, continuation = map(torch.stack, e)
+    e = m.features(model, batch, c)
+    loss, logps, fast_kl = m.latent_loss(model, (cvae, psa), batch, *e, above)
+    for t in batch:
+        hidden = model.model(tensor([t.prompt + t.response])).last_hidden_state[0]
+        n = len(t.prompt) + t.start
+        prefixes.append(hidden[:n].mean(0))
+        continuations.append(hidden[n:].mean(0))
+    prefix, continuation = torch.stack(prefixes), torch.stack(continuations)
     q, p, slow = cvae.posterior(prefix, continuation), cvae.prior(prefix), []
     seed(1)
     assert seen[0].allclose(q.rsample(), atol=1e-4)
@@ -589,7 +637,8 @@ def test_alternatives_begin_with_the_likeliest_tokens_where_the_policy_hesitates
     for t in pairs:
         p = model(tensor([t.prompt + t.response[:t.start]])).logits[0, -1].softmax(-1)
         first = t.response[t.start]
-        assert first in p.topk(4).indices and p[first] > 0.01 and first != 1 and len(t.response) <= 14
+        assert first in p.topk(4).indices and p[first] > 0.01
+        assert first != 1 and len(t.response) <= 14
         tried.setdefault((*t.prompt, *t.response[:t.start]), set()).add(first)
     assert 20 < len(pairs) <= 50 and sum(len(x) > 1 for x in tried.values()) > 5
 
@@ -601,12 +650,13 @@ def test_training_the_latents_lowers_the_loss_and_leaves_the_policy_alone(monkey
     every = torch.ones(4, dtype=torch.bool)
     first = m.latent_loss(model, latents, pairs, *e, every)[0]
     report = m.train_latents(model, TINY, latents, [], c)
-    assert m.latent_loss(model, latents, pairs, *e, every)[0] < first - 1 < first - 2 + report["z_gain"]
+    last = m.latent_loss(model, latents, pairs, *e, every)[0]
+    assert last < first - 1 < first - 2 + report["z_gain"]
     assert same(before, model.parameters()) and 0 <= report["active_dims"] <= 4
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 def test_micro_batches_of_the_latents_add_up(monkeypatch):
-    """To the gradient of the whole batch, of whose mean KL 0.5 nats a dimension are free."""
+    """Micro-batches have the whole batch's gradient, in which 0.5 nats per dimension are free."""
     def fresh(*flags):
         model, c, latents = steered("--cvae_steps", 1, *flags)
         latents[0].posterior_net[-1].weight.data *= 12
@@ -623,9 +673,9 @@ def test_micro_batches_of_the_latents_add_up(monkeypatch):
         model, c, latents, pairs = fresh("--micro_tokens", tokens)
         m.train_latents(model, TINY, latents, [], c)
     model, c, latents, pairs = fresh()
-    e, P = m.features(model, pairs, c), max(len(t.prompt) for t in pairs)
+    e = m.features(model, pairs, c)
     q, p = latents[0].posterior(*e), latents[0].prior(e[0])
-    with latents[1].steer(q.mean, tensor([P + t.start - 1 for t in pairs])):
+    with steer(latents[1], pairs, q.mean):
         logp, _, mask = m.token_logps(model, pairs)
     kl = torch.distributions.kl_divergence(q, p).mean(0)
     assert 0 < (kl > 0.5).sum() < 4
@@ -639,14 +689,16 @@ def test_branches_share_the_budget_first_ones_first(monkeypatch):
         t.response = [3] * n
     prefixes = [replace(t, response=[3, 3], start=2) for t in parents]
     monkeypatch.setattr(m, "prefixes_to_branch", lambda *a: prefixes)
+    # the branches are expected to take 3, 6 and 2 tokens, and these again
     found = {2: [], 3: [0], 10: [0, 1], 11: [0, 1, 2], 20: [0, 1, 2, 0, 1], math.inf: [0, 1, 2] * 2}
-    for parts, budget in itertools.product((latents, []), found):  # they expect 3, 6, 2, 3, 6, 2 tokens
+    for parts, budget in itertools.product((latents, []), found):
         assert [t.group for t in m.branch(model, TINY, parts, parents, c, budget)] == found[budget]
 
 # ---- stage 2, and formulas
 
 def test_prompt_information_averages_to_the_mutual_information():
-    """Two prompts, one token: q0 says 3 with probability 3/4 and 4 otherwise, q1 the reverse."""
+    """Î(q; r) is an estimate whose mean is I(q; r), where a response is a single token.
+    Of the two prompts q0 says 3 with probability 3/4 and 4 otherwise, and q1 the reverse."""
     H = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     batch = [m.Trajectory([0], response=[token]) for token in (3, 3, 3, 4, 4, 4, 4, 3)]
     h = m.frequency_entropy(batch)
@@ -660,6 +712,7 @@ def test_prompt_information_averages_to_the_mutual_information():
     assert m.frequency_entropy(batch[:4] + [prefixed]) == approx(four_to_one)
 
 def test_ib_score_by_hand():
+    """S_IB = β Î(r; a*) - Î(q; r), each standardised, where Î(q; r) is the sum of h - H_t."""
     # h = 2; prompt 0: Î(q; r) = (2 - 1) + (2 - 0) = 3 and 2 - 1 = 1; prompt 5 has one response
     H = tensor([[1., 0., 9.], [1., 9., 9.], [.5] * 3])
     mask = tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
@@ -669,7 +722,7 @@ def test_ib_score_by_hand():
     assert s.tolist() == approx([0.5 * 2 / 2.0001 - 1 / 1.0001, -0.5 * 2 / 2.0001 + 1 / 1.0001, 0])
 
 def test_ib_score_orders_four_responses_as_the_case_study_does():
-    """The authors' scores: concise .85, drifting .20, verbose .15, looping -.85."""
+    """S_IB ranks as the authors' scores do, which are .85, .20, .15 and -.85 in this order."""
     responses = {  # tokens, mean H_t, gain in nats per token of the answer
         "concise": (8, 0.5, 2.0), "drifting": (10, 1.0, -0.5),
         "verbose": (24, 0.5, 2.0), "looping": (30, 0.02, 0.0)}
@@ -682,6 +735,7 @@ def test_ib_score_orders_four_responses_as_the_case_study_does():
     assert min(score["drifting"], score["verbose"]) > score["looping"]
 
 def test_the_filter_keeps_a_contrast_within_each_reward():
+    """Of right branches those of highest S_IB stay, of wrong ones of lowest, and all rollouts."""
     def branch(reward, score, length=5, group=0):
         return m.Trajectory([1], response=[2] * length, group=group, reward=reward, score=score,
                             is_branch=True)
@@ -705,27 +759,33 @@ def test_the_filter_keeps_a_contrast_within_each_reward():
     assert m.select_top_n(shorter, 0.5) == shorter[1:]  # ties
 
 def test_token_entropy():
+    """H = -Σ p ln p of the softmax; impossible tokens add 0, and the gradient is finite."""
     assert m.token_entropy(torch.zeros(2, 3, 8)).allclose(torch.full((2, 3), math.log(8)))
-    assert m.token_entropy(tensor([0.5, 0.25, 0.25]).log()).item() == approx(1.5 * math.log(2), abs=1e-6)
+    logits = tensor([0.5, 0.25, 0.25]).log()
+    assert m.token_entropy(logits).item() == approx(1.5 * math.log(2), abs=1e-6)
     assert m.token_entropy(tensor([3.0, -math.inf])).item() == 0
     x = tensor([200.0, 0.0, 1.0], requires_grad=True)
     m.token_entropy(x).backward()
     assert x.grad.isfinite().all()
 
 def test_group_advantages_by_hand():
-    # group 7: rewards 1 0 0 1 -> mean 1/2, population std 1/2; group 3: equal rewards -> 0; 8: alone -> 0
+    """A = (R - mean) / (std + 1e-4) over a prompt's responses, 0 for equal rewards or one alone."""
+    # group 7: rewards 1 0 0 1, so mean 1/2 and population std 1/2; group 3: equal; group 8: alone
     a = m.group_advantages(tensor([1., 0, 3, 0, 1, 3, 9]), tensor([7, 7, 3, 7, 7, 3, 8]))
     assert a.tolist() == approx([0.5 / 0.5001, -0.5 / 0.5001, 0, -0.5 / 0.5001, 0.5 / 0.5001, 0, 0])
 
 def test_policy_loss_by_hand():
+    """L = -mean min(min(r, 3) A, clip(r) A); a token is cut where a bound stops its gradient."""
     # ratios 2 and 1/2 with A = 1 and clip 0.2: min(2, 1.2) = 1.2 and min(0.5, 0.8) = 0.5, mean 0.85
     logp, mask = tensor([[math.log(2.0), math.log(0.5), 9.0]]), tensor([[1, 1, 0]])
-    for A, method, value in ((1, "grpo", -0.85), (-1, "grpo", (2 + 0.8) / 2), (1, "dapo", -(1.28 + 0.5) / 2)):
+    for A, method, value in (
+            (1, "grpo", -0.85), (-1, "grpo", (2 + 0.8) / 2), (1, "dapo", -(1.28 + 0.5) / 2)):
         loss, stats = m.policy_loss(logp, 0 * logp, tensor([A]), mask, config("--method", method))
         assert loss.item() == approx(value) and stats["clipped"] == 0.5
-    for logp, A, value, cut in ((math.log(5), -1, 3, 1), (math.log(2.9), -1, 2.9, 0), (math.log(5), 1, -1.2, 1)):
-        loss, stats = m.policy_loss(tensor([[logp]]), torch.zeros(1, 1), tensor([A]), torch.ones(1, 1), config())
-        assert loss.item() == approx(value) and stats["clipped"] == cut  # a ratio is 3 at most
+    for r, A, value, cut in ((5, -1, 3, 1), (2.9, -1, 2.9, 0), (5, 1, -1.2, 1)):  # 3 at most
+        logp = tensor([[math.log(r)]])
+        loss, stats = m.policy_loss(logp, 0 * logp, tensor([A]), torch.ones(1, 1), config())
+        assert loss.item() == approx(value) and stats["clipped"] == cut
 
 @each("gap", [89, 1000, -1000])
 def test_no_ratio_makes_a_gradient_of_nan(gap):
@@ -743,11 +803,12 @@ def test_policy_loss_slowly():
             r, a = math.exp(logp[i, t] - old[i, t]), (A[i, t] if A.ndim == 2 else A[i]).item()
             terms.append(-min(min(r, 3) * a, min(max(r, 0.9), 1.3) * a))
             cut += r > 1.3 and a > 0 or (r < 0.9 or r > 3) and a < 0
-        loss, stats = m.policy_loss(logp, old, A, mask, config("--clip_low", 0.1, "--clip_high", 0.3))
+        loss, stats = m.policy_loss(logp, old, A, mask, config("--clip_low=0.1", "--clip_high=0.3"))
         assert loss.item() == approx(sum(terms) / len(terms), abs=1e-6)
         assert stats["clipped"] == approx(cut / len(terms))
 
 def test_pass_at_k_by_enumeration_and_distinct_n():
+    """pass@k is the share of k-subsets of n samples that hold at least one of the c right ones."""
     for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
         if c <= n and k <= n:
             found = [min(s) < c for s in itertools.combinations(range(n), k)]
@@ -756,26 +817,27 @@ def test_pass_at_k_by_enumeration_and_distinct_n():
     assert m.distinct_n(["a"], 4) == 0
 
 def test_what_is_logged_of_rollouts_by_hand():
-    rows = [(0, 1, "a", 0), (0, 1, "a", 0), (0, 1, "b", 0), (0, 0, "c", 1), (1, 0, "a", 0), (1, 0, "b", 0)]
+    rows = [(0, 1, "a", 0)] * 2 + [(0, 1, "b", 0), (0, 0, "c", 1), (1, 0, "a", 0), (1, 0, "b", 0)]
     fixed = dict(prompt=[2], response=[3, 4], entropy=tensor([1., 3.]))
     ts = [m.Trajectory(**fixed, group=g, reward=r, text=x, start=s) for g, r, x, s in rows]
     ts[2].text = "#5"  # the only one with an answer
     ts[3].complete = False  # the only one that was cut
     log = m.rollout_metrics(ts)
-    assert log == {"reward": 0.5, "eff_rate": 0.5, "solved": 0.5, "distinct_correct": 1.0, "trajectories": 6,
-                   "entropy": approx(23 / 11), "tokens_sampled": 11, "cut": 1 / 6, "answered": 1 / 6}
+    assert log == {"reward": 0.5, "eff_rate": 0.5, "solved": 0.5, "distinct_correct": 1.0,
+                   "trajectories": 6, "entropy": approx(23 / 11), "tokens_sampled": 11,
+                   "cut": 1 / 6, "answered": 1 / 6}
 
 def test_evaluation_by_hand(monkeypatch, tmp_path):
-    answers = [["#1", "#1", "3+8\n1\n#1", "2 #2", "7*2\n#1"],  # of gold 1: the greedy one, then four
+    answers = [["#1", "#1", "3+8\n1\n#1", "2 #2", "7*2\n#1"],  # of gold 1, the greedy one first
                ["#5", "#5", "#5", "4\n#4", "x\n#4"]]  # of gold 4
     monkeypatch.setattr(m, "sample", lambda model, tokenizer, problems, config, greedy=False: [
         replace(t, text=answers[t.group].pop(0), response=[1, 1, 1]) for t in problems])
     problems = [m.Trajectory([], "3+4*2=", "1"), m.Trajectory([], "9-5=", "4")]
     found = m.evaluate(None, None, problems, config("--eval_samples", 4), tmp_path / "s")
-    assert found == approx({"greedy": 1 / 2, "pass@1": (3 / 4 + 2 / 4) / 2, "pass@4": 1, "maj@4": 1 / 2,
-                            "length": 3, "distinct_1": (6 / 8 + 4 / 6) / 2, "distinct_4": 0,
-                            "distinct_correct": 5 / 2, "sound@1": 1 / 4, "sound@4": 1,
-                            "distinct_sound": 1})
+    assert found == approx({
+        "greedy": 1 / 2, "pass@1": (3 / 4 + 2 / 4) / 2, "pass@4": 1, "maj@4": 1 / 2, "length": 3,
+        "distinct_1": (6 / 8 + 4 / 6) / 2, "distinct_4": 0, "distinct_correct": 5 / 2,
+        "sound@1": 1 / 4, "sound@4": 1, "distinct_sound": 1})
     answers[:] = [["", "", "", "", "#1"], ["", "", "", "", ""]]  # who does not answer has no vote
     assert m.evaluate(None, None, problems, config("--eval_samples", 4))["maj@4"] == 1 / 2
     lines = [json.loads(x) for x in (tmp_path / "s").read_text().splitlines()]
@@ -788,14 +850,14 @@ def test_a_sound_response_goes_from_the_question_to_the_answer_by_valid_reductio
     luck = "7*0\n0\n#0"  # of 3+4*0, which is 3
     assert not m.is_sound("3+4*0=", luck)
     assert not m.is_sound("2+3*0-2=", "5*0-2\n0-2\n8\n#8")
-    for text in ("#1", "1\n#1", "3+8\n#1", "3+8\n1\n1\n#1", "3+8\n\n1\n#1", "3+4*2\n3+8\n1\n#1",
-                 "3+8=\n1\n#1", "3+8\n11\n#1", "3+8\n1\n#2", "3+8\n1\n", "3+8\n1", "", "٣+8\n1\n#1"):
+    for text in ("#1", "1\n#1", "3+8\n#1", "3+8\n1\n1\n#1", "3+8\n\n1\n#1", "3+4*2\n3+8\n1\n#1", "",
+                 "3+8=\n1\n#1", "3+8\n11\n#1", "3+8\n1\n#2", "3+8\n1\n", "3+8\n1", "٣+8\n1\n#1"):
         assert not m.is_sound("3+4*2=", text), text
 
 # ---- the whole step against slow loops
 
 def explored(monkeypatch, *flags):
-    """A step of the method up to its update, with known latents."""
+    """Run a step of the method up to its update, with known latents."""
     model, c, latents = steered(
         *"--branches 3 --initial 2 --keep .6 --top_frac .3 --kappa .2 --beta .7".split(),
         "--max_grad_norm", 1e9, *flags)
@@ -806,7 +868,7 @@ def explored(monkeypatch, *flags):
     return model, c, latents, drawn, *m.explore(model, TINY, latents, problems, c)
 
 def answer_texts(prompt, *texts):
-    """The texts of the probes that `answer_gain` makes, with a token per character."""
+    """Return the texts that `answer_gain` puts before the answer, with a token per character."""
     seen = []
 
     def tokenizer(text, **others):
@@ -828,38 +890,35 @@ def test_a_response_is_cut_where_its_answer_was_found():
     assert answer_texts(prompt, headed) == {"#### Step 1: add\n2+3\n#### "}
 
 def test_the_tokens_of_an_answer_are_those_of_the_whole_text():
-    """With merges of the brace and the answer's first sign, as Qwen2 has them."""
+    """An answer begins with the token of its first sign, even if that token begins with a brace."""
     golds = ["\\frac{3}{4}", "-7", "(1,2)", "18", "{x}", "|x|"]
-    texts = [f"so \\boxed{{{gold}}}" for gold in golds]
-    bpe = bpe_tokenizer(texts * 30)
+    bpe = bpe_tokenizer([f"so \\boxed{{{gold}}}" for gold in golds] * 30)
     merged = 0
-    for gold in golds:
-        for said in ("so ", ""):
-            t = m.Trajectory([5], gold=gold)
-            probe = m.answer_probe(t, said, "\\boxed{", bpe)
-            joint = bpe(said + "\\boxed{" + gold, add_special_tokens=False).input_ids
-            assert probe.response == joint
-            answer = bpe.decode(joint[probe.start:])
-            assert answer.endswith(gold) and len(answer) <= len("\\boxed{" + gold)
-            merged += answer != gold
+    for gold, said in itertools.product(golds, ("so ", "")):
+        probe = m.answer_probe(m.Trajectory([5], gold=gold), said, "\\boxed{", bpe)
+        joint = bpe(said + "\\boxed{" + gold, add_special_tokens=False).input_ids
+        assert probe.response == joint
+        answer = bpe.decode(joint[probe.start:])
+        assert answer.endswith(gold) and len(answer) <= len("\\boxed{" + gold)
+        merged += answer != gold
     assert merged > 0
 
 def test_a_slow_reference_reproduces_the_method(monkeypatch):
-    """Ω, Î, S_IB, the selection, the advantages, the loss and its gradient."""
+    """Loops over the formulas find the same Ω, Î, S_IB, filter, advantages, loss and gradient."""
     model, c, (cvae, psa), drawn, candidates, kept = explored(monkeypatch)
-    alike = [replace(candidates[0], text=text) for text in ("9#5", "9#1", "9")]  # the answer is cut off
+    alike = [replace(candidates[0], text=text) for text in ("9#5", "9#1", "9")]  # r̄ is "9" in all
     assert len(set(m.answer_gain(model, TINY, alike, c).tolist())) == 1
     gains, informations, terms = [], [], []
     said = Counter(token for t in candidates for token in t.response[t.start:])
-    shares = [n / said.total() for n in said.values()]
-    h = -sum(p * math.log(p) for p in shares)
+    h = -sum(n / said.total() * math.log(n / said.total()) for n in said.values())
     assert len(candidates) == 16
     latent = dict(zip(candidates[4:], drawn, strict=True))
     for t, parent in zip(candidates, itertools.cycle(candidates[:4])):
         logp, H = slow_tokens(model, psa, t)
         if t in latent:
             own, own_H = slow_tokens(model, psa, t, latent[t])  # the prefix was sampled without
-            logp, H = torch.cat([logp[:t.start], own[t.start:]]), torch.cat([H[:t.start], own_H[t.start:]])
+            logp = torch.cat([logp[:t.start], own[t.start:]])
+            H = torch.cat([H[:t.start], own_H[t.start:]])
             order = sorted(range(1, len(parent.response)), key=lambda j: -parent.entropy[j].item())
             assert t.start in order[:max(1, int(0.3 * len(order)))]  # Ω
             assert t.group == parent.group and t.response[:t.start] == parent.response[:t.start]
@@ -888,16 +947,17 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
     assert [candidates[i] for i in sorted(expected)] == kept and len(kept) < len(candidates)
 
     m.set_advantages(candidates, kept)
+    shake(kept)
     for t in kept:
-        t.logps = t.logps + 0.3 * torch.randn(len(t.logps))  # as after other updates: clipping takes part
-        alike = [[p for p in ts if (p.group, p.reward) == (t.group, t.reward)] for ts in (candidates, kept)]
+        n, k = ([(p.group, p.reward) for p in ts].count((t.group, t.reward))
+                for ts in (candidates, kept))
         rewards = [p.reward for p in candidates if p.group == t.group]
         A = (t.reward - statistics.fmean(rewards)) / (statistics.pstdev(rewards) + 1e-4)
-        A *= len(alike[0]) / len(alike[1])
+        A *= n / k  # those kept stand for all
         logp, H = slow_tokens(model, psa, t)  # of the bare policy
         for i in range(t.start, len(t.response)):  # a prefix belongs to its parent
             r = (logp[i] - t.logps[i]).exp()
-            terms.append(-torch.minimum(r.clamp(max=3) * A, r.clamp(0.8, 1.2) * A) - 0.2 * A * H[i])
+            terms.append(-clipped_objective(r, A) - 0.2 * A * H[i])
     loss, grab = sum(terms) / len(terms), grabber(model)
     slow, stats = gradient(loss, model), m.update(model, grab, kept, c)
     assert stats["loss"] == approx(loss.item(), abs=1e-5) and stats["clipped"] > 0
@@ -906,13 +966,14 @@ def test_a_slow_reference_reproduces_the_method(monkeypatch):
     assert all(p.grad is None for p in [*cvae.parameters(), *psa.parameters()])
 
 def test_the_ratio_of_a_branch_is_its_importance_weight(monkeypatch):
-    """1 for what the bare policy sampled; π bare over π steered for what a latent steered."""
+    """The ratio is 1 where no latent steered the sampling, else π bare over π steered."""
     model, c, *_, candidates, _ = explored(monkeypatch)
     for t in candidates:
         t.advantage = 1.0
-    first, then = (m.update(model, grabber(model), batch, c) for batch in (candidates[:4], candidates[4:]))
+    rollouts, branches = candidates[:4], candidates[4:]
+    first, then = (m.update(model, grabber(model), batch, c) for batch in (rollouts, branches))
     assert first["ratio"] == approx(1, abs=1e-5) and first["clipped"] == 0
-    weights = torch.cat([(teacher_forced(model, t)[0] - t.logps)[t.start:] for t in candidates[4:]]).exp()
+    weights = torch.cat([(teacher_forced(model, t)[0] - t.logps)[t.start:] for t in branches]).exp()
     assert then["ratio"] == approx(weights.mean().item(), abs=1e-4)
     assert (weights - 1).abs().max() > 0.1
     assert then["clipped"] == approx((weights > 1.2).float().mean().item())
@@ -929,7 +990,7 @@ def test_exploring_keeps_the_initial_rollouts_and_the_token_budget(monkeypatch):
     *_, candidates, kept = explored(monkeypatch, "--rollouts", 4, "--ib_rounds", 2)
     (budget, branches), (left, more) = calls
     assert candidates == candidates[:4] + branches + more and kept[:4] == candidates[:4]
-    whole = m.own_tokens(candidates[:4]) * (4 / 2 - 1)  # what 4 rollouts of a prompt have more than 2
+    whole = m.own_tokens(candidates[:4]) * (4 / 2 - 1)  # what 4 rollouts have more than 2
     assert budget == whole / 2 and left == whole - m.own_tokens(branches)
 
 # ---- update
@@ -937,34 +998,38 @@ def test_exploring_keeps_the_initial_rollouts_and_the_token_budget(monkeypatch):
 def batch_for_update(model, n=12):
     seed(3)
     batch = m.sample(model, TINY, prompts() * (n // 3), config("--max_new_tokens", 15))
-    for t, t.advantage in zip(batch, torch.randn(n).tolist()):
-        t.logps = t.logps + 0.3 * torch.randn(len(t.logps))  # ratios away from 1: clipping takes part
+    for t, advantage in zip(batch, torch.randn(n).tolist()):
+        t.advantage = advantage
+    shake(batch)
     return batch
 
 @each("method", ["iiblpo", "entropy_reg"])
-def test_micro_batches_and_logits_in_chunks_give_the_gradient_of_the_whole_batch(method, monkeypatch):
+def test_micro_batches_and_logits_in_chunks_give_the_gradient_of_the_whole_batch(
+        method, monkeypatch):
     model, terms = small_model(vocab_size=50), []
     flags = ["--method", method, "--max_grad_norm", 1e9, "--entropy_bonus", 0.1]
     batch = batch_for_update(model)
     batch[0].advantage = 0.0  # its tokens count in the mean
     for t in batch:
-        (logp, H), A = teacher_forced(model, t), t.advantage
-        r, bonus = (logp - t.logps).exp(), 0.1 if method == "entropy_reg" else 0.005 * A
-        terms.append(-torch.minimum(r.clamp(max=3) * A, r.clamp(0.8, 1.2) * A) - bonus * H)
+        logp, H = teacher_forced(model, t)
+        bonus = 0.1 if method == "entropy_reg" else 0.005 * t.advantage
+        terms.append(-clipped_objective((logp - t.logps).exp(), t.advantage) - bonus * H)
     parts = [torch.cat(terms[i::2]) for i in (0, 1)]
     loss, grads = torch.cat(parts).mean().item(), [gradient(part.mean(), model) for part in parts]
     grad = sum(len(part) * g for part, g in zip(parts, grads)) / sum(map(len, parts))
-    for flag, value, logits, slow in (("--micro_tokens", 60, 2 ** 25, [grad]), ("--micro_tokens", 2048, 300, [grad]),
-                                      ("--updates_per_step", 2, 2 ** 25, grads)):
+    for flag, value, logits, slow in (
+            ("--micro_tokens", 60, 2 ** 25, [grad]), ("--micro_tokens", 2048, 300, [grad]),
+            ("--updates_per_step", 2, 2 ** 25, grads)):
         monkeypatch.setattr(m, "LOGITS", logits)
         grab = grabber(model)
         stats = m.update(model, grab, batch, config(flag, value, *flags))
         assert all(far(a, b) < 1e-5 for a, b in zip(grab.grads, slow, strict=True))
         assert slow is grads or stats["loss"] == approx(loss, abs=1e-5)
-    assert m.update(model, grab, batch[:1], config())["tokens_trained"] == 0 and len(grab.grads) == 2
+    assert m.update(model, grab, batch[:1], config())["tokens_trained"] == 0
+    assert len(grab.grads) == 2
 
 def test_all_methods_divide_by_all_own_tokens():
-    """Without its own term each method has the same gradient, whatever rows it runs."""
+    """Without its own term each method has the same gradient, whichever rows it leaves out."""
     model = small_model()
     batch = batch_for_update(model)
     for t in batch[:5]:
@@ -972,8 +1037,7 @@ def test_all_methods_divide_by_all_own_tokens():
     losses = []
     for t in batch:
         r = (teacher_forced(model, t)[0] - t.logps).exp()
-        A = t.advantage
-        losses.append(-torch.minimum(r.clamp(max=3) * A, r.clamp(0.8, 1.2) * A))
+        losses.append(-clipped_objective(r, t.advantage))
     slow = gradient(torch.cat(losses).sum() / m.own_tokens(batch), model)
     for method in ("grpo", "iiblpo", "entropy_reg"):
         grab = grabber(model)
@@ -983,8 +1047,10 @@ def test_all_methods_divide_by_all_own_tokens():
 
 def test_dapo_samples_in_the_place_of_prompts_that_teach_nothing(monkeypatch):
     c = config("--method", "dapo", "--prompts_per_step", 3, "--rollouts", 2, "--max_new_tokens", 6)
-    rewards = {0: [1., 1.], 1: [1., 0.], 2: [0., 0.], 3: [0., 1.], 4: [1., 1.], 5: [1., 0.]}  # two to replace, then one
-    monkeypatch.setattr(m, "assign_rewards", lambda ts, c: [setattr(t, "reward", rewards[t.group].pop()) for t in ts])
+    rewards = {0: [1., 1.], 1: [1., 0.], 2: [0., 0.],  # two to replace,
+               3: [0., 1.], 4: [1., 1.], 5: [1., 0.]}  # and then one
+    monkeypatch.setattr(m, "assign_rewards", lambda batch, config: [
+        setattr(t, "reward", rewards[t.group].pop()) for t in batch])
     seed(1)
     candidates, kept = m.dapo_rollouts(small_model(), TINY, prompts(*["1=\n"] * 50), c)
     assert sorted(t.group for t in candidates) == sorted([0, 1, 2, 3, 4, 5] * 2)
@@ -993,39 +1059,41 @@ def test_dapo_samples_in_the_place_of_prompts_that_teach_nothing(monkeypatch):
 
 # ---- runs
 
-def dies_at_step_3(real):
-    """`real`, interrupted at step 3 of the run `part`."""
+def interrupt_at_step_3(script, name, log, *flags):
+    """Repeat the run of `log` in the folder `part`, and press Ctrl-C in its step 3, in `name`."""
     def dies(*args):
         if Path("part/metrics.jsonl").exists() and len(metrics("part")) == 3:
             raise KeyboardInterrupt
         return real(*args)
 
-    return dies
+    real = getattr(script, name)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, name, dies)
+        start(script, *flags, "--out", "part")
+    assert metrics("part") == log[:3] and len(torch.load("part/state.pt")["log"]) == 2
 
 @each("method", ["iiblpo", "grpo", "dapo", "entropy_reg"])
-def test_a_run_writes_what_it_promises_and_goes_on_exactly(rewarded, method, monkeypatch):
+def test_a_run_writes_what_it_promises_and_goes_on_exactly(rewarded, method):
     flags = ["--method", method]
     summary = run(*flags, "--out", "whole")
     log, state = metrics("whole"), torch.load("whole/state.pt")
-    keys = "reward eff_rate entropy solved distinct_correct tokens_sampled tokens_trained trajectories loss"
-    assert [x["step"] for x in log] == [0, 1, 2, 3] and all(set(keys.split()) <= x.keys() for x in log)
+    keys = set("reward eff_rate entropy solved distinct_correct tokens_sampled tokens_trained "
+               "trajectories loss".split())
+    assert [x["step"] for x in log] == [0, 1, 2, 3] and all(keys <= x.keys() for x in log)
     keys = set("greedy pass@1 pass@2 maj@2 distinct_1 distinct_4 distinct_correct length "
                "sound@1 sound@2 distinct_sound".split())
     assert summary["before"].keys() == keys == summary["after"].keys()
     assert json.loads(Path("whole/summary.json").read_text()) == summary
     assert Path("whole/samples.jsonl").read_text().count('"reward": ') == 4 * 2
     saved = transformers.AutoModelForCausalLM.from_pretrained("whole/model").state_dict()
-    first = small_model()
-    assert same(saved.values(), state["model"].values()) and not same(saved.values(), first.parameters())
+    assert same(saved.values(), state["model"].values())
+    assert not same(saved.values(), small_model().parameters())
     seed(99)  # whatever happened before
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(m, "update", dies_at_step_3(m.update))
-        run(*flags, "--out", "part")
-    assert metrics("part") == log[:3] and len(torch.load("part/state.pt")["log"]) == 2
+    interrupt_at_step_3(m, "update", log, *QUICK, *flags)
     file = Path("part/metrics.jsonl")
     file.unlink() if method == "grpo" else file.write_text(file.read_text()[:99])  # cut by a crash
     resumed = run(*flags, "--out", "part", "--resume")
-    assert metrics("part") == log and [resumed[k] == summary[k] for k in ("before", "after")] == [True, True]
+    assert metrics("part") == log and all(resumed[k] == summary[k] for k in ("before", "after"))
     assert not list(Path().rglob("*.tmp"))
 
 def test_max_tokens_ends_a_run_and_other_settings_or_folders_are_refused(folder, capsys):
@@ -1040,7 +1108,8 @@ def test_max_tokens_ends_a_run_and_other_settings_or_folders_are_refused(folder,
     run(*flags, "--resume", "--max_steps", len(tokens) + 1)  # longer than it was
     assert len(metrics("a")) == len(tokens) + 1
 
-def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint(folder, monkeypatch, capsys):
+def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint(
+        folder, monkeypatch, capsys):
     real, calls = m.take_step, itertools.count()
 
     def step(model, *others):
@@ -1048,15 +1117,17 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint(fol
         return real(model, *others)
 
     monkeypatch.setattr(m, "take_step", step)
-    assert "not finite" in refused(capsys, *QUICK, "--method", "entropy_reg", "--out", "run", "--save_every", 1)
+    flags = ["--method", "entropy_reg", "--out", "run", "--save_every", 1]
+    assert "not finite" in refused(capsys, *QUICK, *flags)
     assert len(torch.load("run/state.pt")["log"]) == 3 == len(metrics("run"))
 
 @posix
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(rewarded, capsys):
-    flags, hard = ["--method", "entropy_reg", "--out", "run"], resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    flags = ["--method", "entropy_reg", "--out", "run"]
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     run(*flags, "--max_steps", 2)
     before = {p: Path(p).read_bytes() for p in ("run/state.pt", "run/model/model.safetensors")}
-    for limit in (1000, 50_000):  # metrics.jsonl does not fit; then it does, and the checkpoint does not
+    for limit in (1000, 50_000):  # metrics.jsonl does not fit, or only the checkpoint does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # no file may grow beyond
         try:
             assert "cannot write run/" in refused(capsys, *QUICK, *flags, "--resume")
@@ -1064,7 +1135,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(rewarded, capsys)
                 m.save_atomically(Path("run/model"), small_model().save_pretrained)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        assert before == {p: Path(p).read_bytes() for p in before} and not list(Path().rglob("*.tmp"))
+        assert before == {p: Path(p).read_bytes() for p in before}
+        assert not list(Path().rglob("*.tmp"))
     run(*flags, "--resume")
 
 OFFLINE = """
@@ -1072,7 +1144,8 @@ import runpy, socket, sys
 def refuse(*args, **kwargs):
     open("network", "a").write(repr(args))
     raise OSError("no network")
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = socket.create_connection = refuse
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -1082,7 +1155,8 @@ def test_a_killed_run_goes_on_and_nothing_tries_the_network(folder, capsys, monk
     write_lines({"question": f"{i}+1=", "answer": f"{i + 1}"} for i in range(9))
     flags = ["--dataset", "d.jsonl", "--method", "entropy_reg", "--max_steps", 8]
     command = [sys.executable, "-c", OFFLINE, HERE / "iiblpo.py", *QUICK, *flags, "--out", "part"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(list(map(str, command)), stderr=pipe, stdout=pipe)
     while not Path("part/metrics.jsonl").exists() or len(metrics("part")) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -1092,7 +1166,7 @@ def test_a_killed_run_goes_on_and_nothing_tries_the_network(folder, capsys, monk
     whole, resumed = run(*flags, "--out", "whole"), run(*flags, "--out", "part", "--resume")
     assert metrics("part") == metrics("whole") and whole["after"] == resumed["after"]
     monkeypatch.setattr(socket.socket, "connect", None)
-    assert "cannot load" in refused(capsys, "--model", "Qwen2.5-0.5B", "--dataset", "gsm8k", "--out", "run")
+    assert "cannot load" in refused(capsys, "--model=Qwen2.5-0.5B", "--dataset=gsm8k", "--out=run")
 
 def test_show_prints_how_a_problem_is_explored(folder, capsys):
     candidates = run("--show")
@@ -1112,8 +1186,8 @@ def test_the_table_shows_what_grpo_got_with_the_same_settings(folder, capsys):
     hint = "to compare: run --method grpo --out runs/grpo-policy-0, then this again with --resume"
     assert hint in printed("--out", "runs/alone")
     assert "GRPO's" not in printed("--method", "grpo") and "GRPO's" in printed()
-    for i, flags in enumerate((("--eval_prompts", 5), ("--seed", 1), ("--habit", 0), ("--warm_steps", 9))):
-        assert "GRPO's" not in printed("--out", f"runs/{i}", *flags)
+    for flags in ("--eval_prompts=5", "--seed=1", "--habit=0", "--warm_steps=9"):
+        assert "GRPO's" not in printed("--out", f"runs/{flags}", flags)
 
 def test_the_table_is_followed_by_what_it_says():
     before = {"pass@1": 0.33, "pass@16": 0.79, "distinct_correct": 1.5}
@@ -1137,11 +1211,10 @@ def test_a_run_prints_what_its_self_check_found(folder, capsys):
         start(script, *flags, "--max_steps", 1, "--out", script.__name__)
         line = re.search("self-check: .*", capsys.readouterr().out)[0]
         gaps = [float(number) for number in re.findall(r"\d\S*e-\d+", line)]
-        assert len(gaps) == (3 if script is m else 2)
-        assert max(gaps) < 1e-5
+        assert len(gaps) == (3 if script is m else 2) and max(gaps) < 1e-5
 
 def test_latents_that_steer_a_single_token_end_the_run(folder, monkeypatch, capsys):
-    """As with transformers 5.24, which renamed the argument that ages were read from."""
+    """Latents that steer one token only, as under transformers 5.24, are found before training."""
     def forget(self, embedding, args, output):
         if self.steering:
             self.age = torch.arange(output.shape[1]) - self.born
@@ -1165,8 +1238,7 @@ def test_a_padded_batch_unlike_its_rows_ends_the_run(folder, monkeypatch, capsys
     monkeypatch.setattr(m, "token_logps", spoiled)
     assert "a padded batch inf" in refused(capsys, *QUICK, "--out", "run")
 
-# Models that see more than a tree's mask and positions tell them: ALiBi counts distances by
-# columns, local attention cuts by columns.
+# Models that see more than a tree's mask and positions: ALiBi and local attention count columns
 UNFIT = {
     "Mpt": dict(d_model=32, n_heads=4, n_layers=3, max_seq_len=512),
     "GPTNeo": dict(hidden_size=32, num_layers=2, attention_types=[[["local"], 2]], window_size=16,
@@ -1181,25 +1253,19 @@ def test_models_that_trees_do_not_fit_end_the_run(folder, capsys, kind):
     seed(0)
     getattr(transformers, kind + "ForCausalLM")(settings).save_pretrained("policy")
     message = refused(capsys, *TREES, "--max_new_tokens", 48, "--out", "run", script=tpo)
-    assert "packed tree" in message
-    assert not Path("run").exists()
+    assert "packed tree" in message and not Path("run").exists()
 
 def test_no_column_of_padding_sees_nothing(monkeypatch):
-    """Where a column sees nothing, attention on CUDA is NaN."""
-    seen, real = [], torch.nn.functional.scaled_dot_product_attention
-
-    def spy(query, key, value, attn_mask=None, **others):
-        seen.append(attn_mask)
-        return real(query, key, value, attn_mask=attn_mask, **others)
-
+    """Every column sees another or itself, because attention to nothing is NaN on CUDA."""
+    spy = Mock(wraps=torch.nn.functional.scaled_dot_product_attention)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     model, c, latents = steered()
     batch = m.sample(model, TINY, prompts("1=\n", "3*4*5-6+7=\n"), c)
     m.branch(model, TINY, latents, batch, c)
     m.token_logps(model, batch)
-    masks = [mask for mask in seen if mask is not None]
-    assert len(masks) > 50
-    assert all(mask.any(-1).all() for mask in masks)
+    masks = [call.kwargs.get("attn_mask") for call in spy.call_args_list]
+    masks = [mask for mask in masks if mask is not None]
+    assert len(masks) > 50 and all(mask.any(-1).all() for mask in masks)
 
 def test_the_gap_of_each_step_is_that_of_tokens_without_a_latent(folder):
     run("--method", "entropy_reg", "--max_steps", 2, "--out", "run")
@@ -1210,8 +1276,7 @@ def test_the_gap_of_each_step_is_that_of_tokens_without_a_latent(folder):
     for t in batch:
         t.advantage = 1.0
         t.logps = t.logps + (5.0 if t.is_branch else 0.25)
-    found = m.update(model, grabber(model), batch, c)
-    assert found["sampling_gap"] == approx(0.25, abs=1e-5)
+    assert m.update(model, grabber(model), batch, c)["sampling_gap"] == approx(0.25, abs=1e-5)
 
 # ---- memory
 
@@ -1225,8 +1290,8 @@ def test_layers_that_are_run_again_give_the_same_gradient(script):
             m.update(model, grab, batch, config("--recompute", recompute))
             grads += grab.grads
         else:
-            _, roots, _ = grown()
-            grads += packed(model, roots, small_model(seed=1), "--kl", 0.1, "--recompute", recompute)[0]
+            flags = ["--kl", 0.1, "--recompute", recompute]
+            grads += packed(model, grown()[1], small_model(seed=1), *flags)[0]
         assert all("forward" not in vars(module) for module in model.modules())
     assert far(*grads) < 1e-6
 
@@ -1244,11 +1309,10 @@ def test_layers_that_are_run_again_keep_only_their_inputs():
     assert kept["True"] < kept["False"] / 3
 
 @each("script, flags", [(m, [*QUICK, "--method", "entropy_reg"]), (tpo, TREES)])
-def test_a_full_gpu_is_one_line_and_the_last_checkpoint_stays(folder, capsys, monkeypatch, script, flags):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(script, "take_step", full)
+def test_a_full_gpu_is_one_line_and_the_last_checkpoint_stays(
+        folder, capsys, monkeypatch, script, flags):
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(script, "take_step", Mock(side_effect=full))
     message = refused(capsys, *flags, "--out", "run", script=script)
     assert "lower --micro_tokens" in message and "--generate_tokens" in message
     assert torch.load("run/state.pt")["log"] == []
@@ -1263,26 +1327,23 @@ def test_a_run_says_what_it_uses_what_it_does_and_how_long_it_takes(folder, caps
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("device: CPU, ") and lines[0].endswith("threads, fp32")
     assert lines[1].startswith("self-check: ")
-    assert re.fullmatch(r"  reward [01] \(answer \d\): \S*", lines[2])  # every tenth step a response
+    assert re.fullmatch(r"  reward [01] \(answer \d\): \S*", lines[2])  # in every tenth step
     steps = [line for line in lines if line.startswith("step ")]
-    form = r"step 2 of 2, [\d,]+ of 99,999 tokens, 0 min left: reward .* cut \d.\d\d answered \d.\d\d"
-    assert len(steps) == 2 and re.fullmatch(form, steps[1])
+    assert len(steps) == 2 and re.fullmatch(
+        r"step 2 of 2, [\d,]+ of 99,999 tokens, 0 min left: reward .* cut \d.\d\d answered \d.\d\d",
+        steps[1])
 
 def test_bars_appear_in_a_log_file_at_least_every_half_minute():
     seen = io.StringIO()
     for _ in m.progress(range(3), "work", file=seen, delay=0, mininterval=0):
         pass
     assert "work" in seen.getvalue()
-    assert m.progress.keywords["delay"] <= 10
-    assert m.progress.keywords["mininterval"] <= 30
+    assert m.progress.keywords["delay"] <= 10 and m.progress.keywords["mininterval"] <= 30
 
 def test_ctrl_c_says_what_is_true(folder, monkeypatch, capsys):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
     for name, said in (("evaluate", "before the first checkpoint"), ("update", "--resume goes on")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(m, name, interrupt)
+            patch.setattr(m, name, Mock(side_effect=KeyboardInterrupt))
             run("--method", "grpo", "--out", name)
         assert said in capsys.readouterr().err
         assert Path(name, "state.pt").exists() == (name == "update")
@@ -1300,12 +1361,12 @@ def test_a_file_that_windows_holds_open_is_tried_again_and_ends_no_run(folder, m
     monkeypatch.setattr(Path, "replace", replace)
     run("--method", "grpo", "--max_steps", 2, "--out", "run")
     assert capsys.readouterr().out.count("run/metrics.jsonl is open in another program") == 2
-    assert len(refusals) == 2 + 2 * 5
-    assert len(torch.load("run/state.pt")["log"]) == 2
+    assert len(refusals) == 2 + 2 * 5 and len(torch.load("run/state.pt")["log"]) == 2
 
 def test_a_run_s_folder_names_its_model(folder):
     assert m.folder_of(config()) == Path("runs/iiblpo-tiny-0")
-    assert m.folder_of(config("--model", "Qwen/Qwen2.5-0.5B", "--seed", 3)) == Path("runs/iiblpo-Qwen2.5-0.5B-3")
+    c = config("--model", "Qwen/Qwen2.5-0.5B", "--seed", 3)
+    assert m.folder_of(c) == Path("runs/iiblpo-Qwen2.5-0.5B-3")
     run("--method", "grpo", "--max_steps", 1)
     assert Path("runs/grpo-policy-0/summary.json").exists()
 
@@ -1341,9 +1402,10 @@ def test_a_notebook_can_run_a_script(script):
 
 @each("has_bf16", [True, False])
 def test_bf16_only_where_the_card_has_it(has_bf16):
-    """A T4 says that it supports bf16, but emulates it."""
+    """A card such as a T4, which says that it supports bf16 but emulates it, computes in fp32."""
     text = ("import torch\ntorch.cuda.is_available = lambda: True\n"
-            f"torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulation or {has_bf16}\n"
+            "torch.cuda.is_bf16_supported = "
+            f"lambda including_emulation=True: including_emulation or {has_bf16}\n"
             "import iiblpo as m\nprint(m.DEVICE, m.BF16, m.autocast.keywords)")
     said = subprocess.check_output([sys.executable, "-c", text], text=True, cwd=HERE)
     assert said == f"cuda {has_bf16} {{'enabled': {has_bf16}}}\n"
@@ -1351,58 +1413,56 @@ def test_bf16_only_where_the_card_has_it(has_bf16):
 # ---- real models
 
 def test_a_real_model_folder_with_chat_template_and_local_data(tmp_path, monkeypatch):
-    """BPE tokenizer without pad token, Llama, chat template, JSONL: the path that a hub model takes."""
+    """A Llama with a BPE tokenizer, no pad token and a chat template runs like one of the hub."""
     monkeypatch.chdir(tmp_path)
     prompt = config("--model", "x").prompt
     tokenizer = bpe_tokenizer([r["question"] + r["answer"] + prompt for r in ROWS])
-    tokenizer.chat_template = ("<s>{% for x in messages %}<|user|>{{ x.content }}<|end|>{% endfor %}"
-                               "{% if add_generation_prompt and enable_thinking is not false %}...{% endif %}")
+    tokenizer.chat_template = (
+        "<s>{% for x in messages %}<|user|>{{ x.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt and enable_thinking is not false %}...{% endif %}")
     tokenizer.save_pretrained("chat")
     model = small_model("Llama", vocab_size=len(tokenizer), bos_token_id=0, pad_token_id=None)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=[1, 2], top_k=1, do_sample=True)
+    model.generation_config = GenerationConfig(eos_token_id=[1, 2], top_k=1, do_sample=True)
     model.save_pretrained("chat")
     write_lines(ROWS)
     flags = [*QUICK, "--model", "chat", "--dataset", "d.jsonl", "--prompt", prompt]
     loaded, t = m.load_policy(config(*flags))
     (problem,) = m.encode([("What is 1+1?", "2")], loaded, t, config(*flags))
-    assert t.decode(problem.prompt) == f"<s><|user|>{prompt.replace('{question}', 'What is 1+1?')}<|end|>"
-    assert problem.prompt.count(0) == 1
+    asked = prompt.replace("{question}", "What is 1+1?")
+    assert t.decode(problem.prompt) == f"<s><|user|>{asked}<|end|>" and problem.prompt.count(0) == 1
     batch = m.sample(loaded, t, [problem] * 99, config(*flags))
     assert len({t.response[0] for t in batch}) > 9  # top_k is not 1 any more
-    assert {t.response[-1] for t in batch if t.complete} == {1, 2, 3}  # 3 ends a turn of the template
+    assert {t.response[-1] for t in batch if t.complete} == {1, 2, 3}  # 3 ends the template's turn
     assert run(*flags, "--out", "run", "--max_steps", 2)["after"]["length"] <= 12
 
 def without_eos():
     small_model(eos_token_id=None).save_pretrained("policy")
     Path("policy/generation_config.json").unlink()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=TINY.backend_tokenizer).save_pretrained("policy")
+    PreTrainedTokenizerFast(tokenizer_object=TINY.backend_tokenizer).save_pretrained("policy")
 
 @each("spoil, message", [
     (without_eos, "no end-of-sequence token"),
     (lambda: Path("policy/tokenizer.json").unlink(), "cannot load the model policy"),
     (lambda: small_model(initializer_range=math.inf).save_pretrained("policy"), "finite"),
-    (lambda: small_model("Granite", logits_scaling=8.0).save_pretrained("policy"), "scales or caps its")])
+    (lambda: small_model("Granite", logits_scaling=8.0).save_pretrained("policy"),
+     "scales or caps its")])
 def test_a_model_that_cannot_be_used_is_one_line(folder, capsys, spoil, message):
     spoil()
-    assert message in refused(capsys, *QUICK, "--method", "grpo", "--out", "run") and not Path("run").exists()
+    assert message in refused(capsys, *QUICK, "--method", "grpo", "--out", "run")
+    assert not Path("run").exists()
 
 def test_an_end_token_may_have_the_id_0(folder):
-    model = small_model(eos_token_id=0)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=0)
-    model.save_pretrained("policy")
-    loaded, _ = m.load_policy(config(*QUICK))
-    assert loaded.generation_config.eos_token_id == [0]
+    small_model(eos_token_id=0, ends=0).save_pretrained("policy")
+    assert m.load_policy(config(*QUICK))[0].generation_config.eos_token_id == [0]
 
 def test_each_end_token_is_listed_once(folder):
-    model = small_model()
-    model.generation_config = transformers.GenerationConfig(eos_token_id=[1, 1, 17])
-    model.save_pretrained("policy")
+    small_model(ends=[1, 1, 17]).save_pretrained("policy")
     assert m.load_policy(config(*QUICK))[0].generation_config.eos_token_id == [1, 17]
 
 def test_a_prompt_does_not_end_with_an_end_token(folder):
-    """Some tokenizers put EOS behind every text."""
+    """EOS is taken off a prompt, because some tokenizers put it behind every text."""
     backend = TINY.backend_tokenizer.to_str()
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(backend), eos_token="<eos>", pad_token="<pad>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <eos>", special_tokens=[("<eos>", 1)])
@@ -1410,14 +1470,13 @@ def test_a_prompt_does_not_end_with_an_end_token(folder):
     (problem,) = m.encode([("1+2=", "3")], small_model(), tokenizer, config())
     assert problem.prompt == TINY("1+2=\n").input_ids
 
-DATED = "{% for x in messages %}{{ strftime_now('%d %b %Y') }} {{ x.content }}{% endfor %}"
-
 def test_a_template_with_the_date_makes_the_same_prompts_every_day():
     tokenizer = bpe_tokenizer(["What is 1+1? 01 Jan 2026"] * 9)
-    tokenizer.chat_template = DATED
+    dated = "{% for x in messages %}{{ strftime_now('%d %b %Y') }} {{ x.content }}{% endfor %}"
+    tokenizer.chat_template = dated
     text = m.apply_template(tokenizer, [{"role": "user", "content": "What?"}], tokenize=False)
     assert text == "01 Jan 2026 What?"
-    assert tokenizer.chat_template == DATED  # what is saved is the model's own
+    assert tokenizer.chat_template == dated  # what is saved is the model's own
 
 def test_a_template_that_raises_is_one_line(folder, capsys):
     tokenizer = m.tiny_tokenizer()
@@ -1427,7 +1486,7 @@ def test_a_template_that_raises_is_one_line(folder, capsys):
     assert "chat template cannot be used" in message and "roles must alternate" in message
 
 def test_the_tokenizer_is_saved_as_it_was_for_either_release_of_transformers(folder):
-    """transformers 4 does not know the class that transformers 5 writes."""
+    """The class that is saved is one that transformers 4 knows, unlike what 5 would write."""
     run("--method", "grpo", "--max_steps", 1, "--out", "run")
     saved = json.loads(Path("run/model/tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -1446,18 +1505,15 @@ def test_a_model_without_safetensors_is_one_line_and_asks_no_service(folder, cap
     assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
 
 def test_a_download_that_breaks_names_its_cause(folder, capsys, monkeypatch):
-    def broken(*args, **kwargs):
-        try:
-            raise ConnectionError("the line went dead")
-        except ConnectionError as e:
-            raise OSError("no file named pytorch_model.bin") from e
-
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", broken)
+    error = OSError("no file named pytorch_model.bin")
+    error.__cause__ = ConnectionError("the line went dead")
+    loader = transformers.AutoModelForCausalLM
+    monkeypatch.setattr(loader, "from_pretrained", Mock(side_effect=error))
     message = refused(capsys, *QUICK, "--out", "run")
     assert "no file named pytorch_model.bin" in message and "the line went dead" in message
 
 def test_logits_are_fp32_where_the_model_is_bf16(folder, monkeypatch):
-    """So that ln π differs less between sampling and training."""
+    """With logits in fp32, ln π differs less between sampling and training."""
     c = config(*QUICK, "--max_new_tokens", 30)
     gaps = {}
     for head in ("fp32", "bf16"):
@@ -1480,13 +1536,16 @@ def test_a_copy_of_the_policy_has_an_output_layer_of_its_own(folder):
     copied = copy.deepcopy(model)
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
-        assert model(tensor([[5]])).logits.abs().max() == 0 < copied(tensor([[5]])).logits.abs().max()
+        emptied, kept = (policy(tensor([[5]])).logits.abs().max() for policy in (model, copied))
+    assert emptied == 0 < kept
 
 def test_other_architectures_are_for_the_baselines_only(folder, capsys):
-    c = transformers.GPT2Config(vocab_size=18, n_embd=32, n_layer=2, n_head=2, eos_token_id=1, bos_token_id=1)
-    for model in (small_model("Gemma"), transformers.GPT2LMHeadModel(c)):  # Gemma's norms have weights 1 + w
+    c = transformers.GPT2Config(
+        vocab_size=18, n_embd=32, n_layer=2, n_head=2, eos_token_id=1, bos_token_id=1)
+    for model in (small_model("Gemma"), transformers.GPT2LMHeadModel(c)):  # Gemma's norms: 1 + w
         model.save_pretrained("policy")
-        assert type(model).__name__ in refused(capsys, *QUICK, "--out", "run") and not Path("run").exists()
+        assert type(model).__name__ in refused(capsys, *QUICK, "--out", "run")
+        assert not Path("run").exists()
     assert "GPT2LMHeadModel" in refused(capsys, *QUICK, "--probe_heads")
     assert "needs 4 problems" in refused(capsys, *QUICK, "--probe_heads", "--eval_prompts", 3)
     for flags in (["--method", "grpo"], ["--branch_mode", "random"]):
@@ -1508,7 +1567,8 @@ def test_head_outputs_recombine_to_the_attention_output(kind):
     model, outputs, batch = small_model(kind), [], prompts("1+2=\n", "3*4*5-6+7=\n")
     heads = m.head_outputs(model, batch)
     for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(lambda module, args, output: outputs.append(output[0][0, -1]))
+        layer.self_attn.register_forward_hook(
+            lambda module, args, output: outputs.append(output[0][0, -1]))
     for t in batch:
         model(tensor([t.prompt]))
     assert heads.shape == (2, 3, 4, 16)
@@ -1516,13 +1576,17 @@ def test_head_outputs_recombine_to_the_attention_output(kind):
         assert layer.self_attn.o_proj(x.flatten()).allclose(output, atol=1e-5)
 
 def test_ridge_slowly():
-    x, y, new = torch.randn(20, 4).double() * 5 + 2, torch.randn(20).double(), torch.randn(3, 4).double()
-    z, rows = (x - x.mean(0)) / x.std(0), torch.eye(4) * math.sqrt(0.1 * 20)  # a row of data a penalty
-    w = torch.linalg.lstsq(torch.cat([z, rows]), torch.cat([y - y.mean(), torch.zeros(4)])[:, None]).solution
-    assert m.ridge_probe(x, y, new).allclose(y.mean() + ((new - x.mean(0)) / x.std(0) @ w)[:, 0], atol=1e-5)
+    """Ridge regression on standardised features is least squares with a row of data per penalty."""
+    x, y = torch.randn(20, 4).double() * 5 + 2, torch.randn(20).double()
+    new = torch.randn(3, 4).double()
+    rows = torch.cat([(x - x.mean(0)) / x.std(0), torch.eye(4) * math.sqrt(0.1 * 20)])
+    targets = torch.cat([y - y.mean(), torch.zeros(4)])
+    w = torch.linalg.lstsq(rows, targets[:, None]).solution[:, 0]
+    predicted = y.mean() + (new - x.mean(0)) / x.std(0) @ w
+    assert m.ridge_probe(x, y, new).allclose(predicted, atol=1e-5)
 
 def test_a_planted_head_is_found_and_reported(folder, monkeypatch, capsys):
-    """Difficulty made of what one head puts out for each prompt."""
+    """The probe finds the head from whose output each prompt's difficulty was made."""
     seed(0)
     c = config(*QUICK, "--eval_prompts", 200, "--eval_samples", 5, "--max_new_tokens", 1)
     model, tokenizer = m.load_policy(c)
@@ -1538,15 +1602,17 @@ def test_a_planted_head_is_found_and_reported(folder, monkeypatch, capsys):
     report = m.probe_heads(c)
     scores = tensor(report["scores"])
     assert scores.shape == (3, 4) and scores.argmax() == 1 * 4 + 2
-    assert scores[1, 2] > 0.8 > scores.flatten().sort().values[-2] and len(report["difficulty"]) == 200
-    x, y = m.head_outputs(model, problems)[:, 1, 0], torch.tensor(report["difficulty"], dtype=torch.double)
-    said = m.ridge_probe(x[:100], y[:100], x[100:])
-    slow = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (said, y[100:])]  # ties: their mean
+    assert scores[1, 2] > 0.8 > scores.flatten().sort().values[-2]
+    x = m.head_outputs(model, problems)[:, 1, 0]
+    y = tensor(report["difficulty"], dtype=torch.double)
+    assert len(y) == 200
+    said = m.ridge_probe(x[:100], y[:100], x[100:])  # its ranks, a tie's being their mean:
+    slow = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (said, y[100:])]
     assert scores[1, 0].item() == approx(torch.corrcoef(torch.stack(slow))[0, 1].item(), abs=1e-4)
     assert json.loads(Path("runs/heads.json").read_text()) == report
     printed = capsys.readouterr().out
     assert f"{y.mean():.2f}" in printed and f"{scores[1, 2]:.2f}" in printed
-    monkeypatch.setattr(m, "assign_rewards", lambda batch, config: None)  # all wrong: nothing to tell apart
+    monkeypatch.setattr(m, "assign_rewards", lambda batch, config: None)  # all are wrong
     assert m.probe_heads(c)["scores"] == [[0.0] * 4] * 3
 
 # ---- the house
@@ -1555,23 +1621,24 @@ def test_a_planted_head_is_found_and_reported(folder, monkeypatch, capsys):
 def test_no_text_reaches_an_evaluator(script):
     tree = list(ast.walk(ast.parse(inspect.getsource(script))))
     names = {getattr(n, "id", getattr(n, "attr", "")) for n in tree}
-    assert not names & set("exec sympify parse_expr literal_eval simplify factor system pickle".split())
+    evaluators = "exec sympify parse_expr literal_eval simplify factor system pickle".split()
+    assert not names & {*evaluators}
     calls = {ast.unparse(n.func): ast.unparse(n) for n in tree if isinstance(n, ast.Call)}
-    assert not calls.keys() & {"eval", "compile", "__import__"} and "weights_only=True" in calls["torch.load"]
+    assert not calls.keys() & {"eval", "compile", "__import__"}
+    assert "weights_only=True" in calls["torch.load"]
 
 @each("name", CEILINGS)
 def test_files_stay_below_their_ceilings(name):
-    assert (HERE / name).read_text(encoding="utf-8").count("\n") <= CEILINGS[name]
+    assert source(name).count("\n") <= CEILINGS[name]
 
 @each("name", SCRIPTS)
 def test_scripts_keep_the_limits_of_columns_functions_and_method(name):
-    text = (HERE / name).read_text(encoding="utf-8")
+    text = source(name)
     for number, line in enumerate(text.splitlines(), 1):
         columns = sum(not unicodedata.combining(character) for character in line)
         assert columns <= 100, f"line {number}"
     before, method, _ = re.split("^# ==== (?:Stage 1|IBTree|The run).*", text, flags=re.M)
-    assert before.count("\n") < 200
-    assert method.count("\n") <= METHOD_CEILINGS[name]
+    assert before.count("\n") < 200 and method.count("\n") <= METHOD_CEILINGS[name]
     tree = ast.parse(text)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno >= 40] == []
@@ -1591,11 +1658,11 @@ EQUAL = r"""0.5|\frac12 ; -2\frac12|-2.5 ; 50\%|0.5 ; 50\%|50 ; \sqrt{8}|2\sqrt2
 2 \left(x+1\right)|2x+2 ; 1-\sqrt{2}, 1+\sqrt{2}|1+\sqrt2,1-\sqrt2 ;
 2^{100}|1267650600228229401496703205376 ; $\frac{1}{2}$|0.5 ; \(5\)|5 ; .5|1/2 ;
 2*sqrt(3)|\sqrt{12} ; \$5|5 dollars ; 1,000|1000 ; \frac{3}{4}|3/4 ; \dfrac34|0.75 ;
-2\frac{1}{2}|2.5 ; 2 1/2|5/2 ; 2^{10}|1024 ; \frac{\pi}{2}|0.5\pi ; 2x+1|1+2x ; x=5|5 ;
-\$18.00|18 ; 90^\circ|90 ; 5\text{ cm}|5 ; 12 dollars|12 ; [0,1)|[0,1.0) ; \{1,2\}|\{2,1\} ;
-1,2|2, 1 ; (-\infty, 3]|(-\infty,3] ; \text{Yes}|yes ; \left(1,2\right)|(1,2) ; x \in [1,2]|[1,2] ;
-007|7 ; 3.0|3 ; \text{(A)}|(A) ; 1.5\times 10^{3}|1500 ; \frac{x}{2}|x/2 ; 6.|6 ; −3|-3 ;
-1{,}000|1000 ; 42\text{ pieces}|42 ; 42 pieces|42 ; 42 pints|42 ; 42 pigs|42 ; 42 pictures|42 ;
+2\frac{1}{2}|2.5 ; 2 1/2|5/2 ; 2^{10}|1024 ; \frac{\pi}{2}|0.5\pi ; 2x+1|1+2x ; x=5|5 ; \$18.00|18 ;
+90^\circ|90 ; 5\text{ cm}|5 ; 12 dollars|12 ; [0,1)|[0,1.0) ; \{1,2\}|\{2,1\} ; 1,2|2, 1 ;
+(-\infty, 3]|(-\infty,3] ; \text{Yes}|yes ; \left(1,2\right)|(1,2) ; x \in [1,2]|[1,2] ; 007|7 ;
+3.0|3 ; \text{(A)}|(A) ; 1.5\times 10^{3}|1500 ; \frac{x}{2}|x/2 ; 6.|6 ; −3|-3 ; 1{,}000|1000 ;
+42\text{ pieces}|42 ; 42 pieces|42 ; 42 pints|42 ; 42 pigs|42 ; 42 pictures|42 ;
 1 \text{ or } 2|1,2 ; 20%|20 ; 20%|0.2 ; Monday|monday ; (x + 1) (x - 2)|x^2-x-2 ;
 5\text{ cm}^{2}|5\text{ cm}^2 ; 52_{8}|52_8 ; [0,+\infty)|[0,\infty) ; \displaystyle 5|5 ;
 864 \mbox{ m}^2|864"""
@@ -1617,63 +1684,54 @@ x+1|x-1 ; 9^{9^9}|3 ; 1/0|1/0.0 ; \sqrt{2}|1.41421356 ; 1,2|1,2,2 ; 50\%|0.05 ; 
 50%|50.5 ; \sqrt{x^2}|-x ; \sqrt{x^2y^2}|xy ; \sqrt{-4}|2 ; \text{}|0 ; 1/x|1/X"""
 EQUAL, UNEQUAL = (table.replace("\n", " ").split(" ; ") for table in (EQUAL, UNEQUAL))
 ANSWER_KINDS = {  # kind: pairs that are equal, and pairs that are not
-    "a name before the sign": (
-        r"""k=5|5 ; y = x^2+1|1+x^2 ; f(x)=x+1|x+1 ; x_1=5|5 ; x_{12}=5|5 ; \theta=30|30 ;
-AB=5|5 ; total = 100 meters|100 ; (p,q)=(3,2)|(3,2) ; x\in[1,2)|[1,2) ; a_{-1}=0|0""",
+    "a name before the sign": (r"""k=5|5 ; y = x^2+1|1+x^2 ; f(x)=x+1|x+1 ; x_1=5|5 ; x_{12}=5|5 ;
+\theta=30|30 ; AB=5|5 ; total = 100 meters|100 ; (p,q)=(3,2)|(3,2) ; x\in[1,2)|[1,2) ;
+a_{-1}=0|0""",
         r"""y=5|x=5 ; x=2x+1|y=2x+1 ; 2x=4|4 ; 7=11a+c|11a+c ; x=y=5|5 ; f(y)|f(x) ; x=5|x"""),
-    "units": (
-        r"""100|100\text{ square units} ; 12|12\text{ miles per hour} ; 35 mph|35 ;
+    "units": (r"""100|100\text{ square units} ; 12|12\text{ miles per hour} ; 35 mph|35 ;
 35\text{ km/h}|35 ; 35 square feet|35 ; 17\text{ children}|17 ; 10 \text{ years old}|10 ;
 3 \text{ geese}|3 ; 12\pi \text{ cm}^2|12\pi ; 70 \text{ sq cm}|70 ; 5 L|5 ; 5 g|5 ; 5 m/s|5 ;
-\frac13 \textbf{meters}|1/3 ; \$18 \text{ per day}|18 ; 3 cups of tea|3 ;
-5\text{ apples}|5 apple ; 2 million|2*10^6""",
+\frac13 \textbf{meters}|1/3 ; \$18 \text{ per day}|18 ; 3 cups of tea|3 ; 5\text{ apples}|5 apple ;
+2 million|2*10^6""",
         r"""6\text{ or more}|6 ; 42 million|42 ; 42 minus 2|42 ; 42 is wrong|42 ; 5 m/s|5 km/h ;
 17\text{ men}|12\text{ men} ; 3 squared|3 ; 3 cubed|3 ; 5 x|5 ; 5 xy|5 ; 10\text{ units}|100 ;
 5 square feet|5 feet ; 42 billion|42 ; 42 sixes|42 ; \text{cm}|5\text{ cm}"""),
-    "several solutions": (
-        r"""a=1 \text{ or } a=-2|1,-2 ; 4,5|AB=4,CD=5 ; x=2, x=3|3 \text{ and } 2 ;
-1, 2, and 3|3,2,1 ; p=5,q=2;p=7,q=2|p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2""",
+    "several solutions": (r"""a=1 \text{ or } a=-2|1,-2 ; 4,5|AB=4,CD=5 ;
+x=2, x=3|3 \text{ and } 2 ; 1, 2, and 3|3,2,1 ;
+p=5,q=2;p=7,q=2|p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2""",
         r"""a=1,b=2|a=2,b=1 ; a=7,b=3|3 ; 1,-2|1,-3 ; 2, 5|n=25 ; 1 2|12 ; 1 or 2|1 ; 1,2|1,2,"""),
-    "exponents with signs": (
-        r"""1e-1|0.1 ; 0.00005|5e-05 ; 1.5e+3|1500 ; 10^{17}|1e+17 ; 2^{-1}|\frac12 ;
-10^-2|0.01""",
+    "exponents with signs": (r"""1e-1|0.1 ; 0.00005|5e-05 ; 1.5e+3|1500 ; 10^{17}|1e+17 ;
+2^{-1}|\frac12 ; 10^-2|0.01""",
         r"""1e-1|0.01 ; 1e+3|100 ; 1e3|1e-3 ; 2e|2e1"""),
-    "infinity": (
-        r"""(-\infty,0.5)|(-\infty,\frac12) ; (-\infty,5)|(-infinity,5) ; \infty|infinity ;
+    "infinity": (r"""(-\infty,0.5)|(-\infty,\frac12) ; (-\infty,5)|(-infinity,5) ; \infty|infinity ;
 +\infty|∞ ; (-\infty,0.5)\cup(1,\infty)|(1, +\infty) \cup (-\infty,\frac12) ;
 (-∞,1)∪(2,∞)|(-\infty,1)\cup(2,\infty)""",
         r"""\infty|-\infty ; (-\infty,0.5)|(-\infty,0.5] ; (-\infty,1)|(1,\infty) ; \infty|0"""),
-    "lists of tuples": (
-        r"""(1,2),(3,4)|(3,4),(1,2) ; (0.5,2),(3,4)|(\frac12,2),(3,4) ; ((1,2),3)|((1.0,2),3) ;
-\{(1,2),(3,4)\}|(1,2), (3,4) ; (x, y) = (5, 8) \text{ and } (8, 5)|(5,8),(8,5)""",
+    "lists of tuples": (r"""(1,2),(3,4)|(3,4),(1,2) ; (0.5,2),(3,4)|(\frac12,2),(3,4) ;
+((1,2),3)|((1.0,2),3) ; \{(1,2),(3,4)\}|(1,2), (3,4) ;
+(x, y) = (5, 8) \text{ and } (8, 5)|(5,8),(8,5)""",
         r"""(1,2),(3,4)|(2,1),(3,4) ; (1,2),(3,4)|(1,2),(3,4),(5,6) ; ((1,2),3)|(1,(2,3))"""),
-    "two signs": (
-        r"""\pm 3|3,-3 ; 2\pm\sqrt3|2+\sqrt3, 2-\sqrt3 ; x=\pm 2|\pm2 ;
+    "two signs": (r"""\pm 3|3,-3 ; 2\pm\sqrt3|2+\sqrt3, 2-\sqrt3 ; x=\pm 2|\pm2 ;
 1\pm\sqrt{5},-2|1+\sqrt5,-2,1-\sqrt5 ; 3 \pm 2\sqrt{2}|3±2√2""",
         r"""\pm 3|3 ; \pm 3|-3 ; 2\pm\sqrt3|2+\sqrt3 ; 2\pm3|3\pm2"""),
-    "percent": (
-        r"""28\text{ percent}|28\% ; 28 pct|28% ; 28 \%|28 percent ; 42 percent|42 ;
+    "percent": (r"""28\text{ percent}|28\% ; 28 pct|28% ; 28 \%|28 percent ; 42 percent|42 ;
 5\%,10\%|0.05,0.1""",
         r"""28\%|29\% ; 28\%|0.028 ; 5 percent|5 km"""),
-    "two names of a sign": (
-        r"""x\le5|x\leq 5 ; x\ge5|x\geq 5 ; x\ne5|x\neq 5 ; x <= 2|x \leq 2 ; x \gt 5|x>5 ;
-x\lt 5|x < 5 ; \emptyset|\varnothing ; 2\times3|2\cdot 3 ; 2**3|2^3""",
+    "two names of a sign": (r"""x\le5|x\leq 5 ; x\ge5|x\geq 5 ; x\ne5|x\neq 5 ; x <= 2|x \leq 2 ;
+x \gt 5|x>5 ; x\lt 5|x < 5 ; \emptyset|\varnothing ; 2\times3|2\cdot 3 ; 2**3|2^3""",
         r"""x\le5|x\ge5 ; x<5|x\le5 ; x\ne5|x=5 ; x>-1|x<1"""),
-    "fractions": (
-        r"""\frac{\pi}2|\frac{\pi}{2} ; \frac{\sqrt3}2|\frac{\sqrt3}{2} ; \cfrac{1}{2}|0.5 ;
-\frac1{2}|1/2 ; \frac94\pi|\frac{9}{4}\pi ; \frac 1 2|0.5 ;
+    "fractions": (r"""\frac{\pi}2|\frac{\pi}{2} ; \frac{\sqrt3}2|\frac{\sqrt3}{2} ;
+\cfrac{1}{2}|0.5 ; \frac1{2}|1/2 ; \frac94\pi|\frac{9}{4}\pi ; \frac 1 2|0.5 ;
 \frac{x}{7}+\frac{2}{7}|\frac{x+2}{7}""",
         r"""\frac{\pi}2|\frac{2}{\pi} ; \frac12x|\frac12 ; \frac{1}{x}|\frac{1}{x^2} ;
 2\frac1{2}|1"""),
-    "matrices": (
-        r"""\begin{pmatrix}1\\2\end{pmatrix}|(1,2) ;
+    "matrices": (r"""\begin{pmatrix}1\\2\end{pmatrix}|(1,2) ;
 \begin{bmatrix} 0.5 & 1 \\ 2 & 3 \end{bmatrix}|\begin{pmatrix}\frac12&1\\2&3\end{pmatrix} ;
 \begin{pmatrix}1\\2\end{pmatrix}|\begin{pmatrix} 1.0 \\ 2 \end{pmatrix}""",
         r"""\begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&3\\2&4\end{pmatrix} ;
 \begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&2\\3&5\end{pmatrix}"""),
-    "small things": (
-        r"""{13}|13 ; \boldsymbol{13}|13 ; 130 000|130000 ; 30°|30 ; 2π|2\pi ; x²|x^2 ; mn|nm ;
-xy^2|y^2x ; 5cm|5 ; Not so|not so ; ab|ba ; 11,\! 111,\! 111,\! 100|11111111100 ;
+    "small things": (r"""{13}|13 ; \boldsymbol{13}|13 ; 130 000|130000 ; 30°|30 ; 2π|2\pi ; x²|x^2 ;
+mn|nm ; xy^2|y^2x ; 5cm|5 ; Not so|not so ; ab|ba ; 11,\! 111,\! 111,\! 100|11111111100 ;
 14 {, }916|14916 ; \text{(C)}|C ; None|none ; -0|0 ; \(\dfrac{1}{3} \)|1/3 ; $$ 9 $$|9 ; 5−3|2 ;
 √2|\sqrt 2 ; 1 - \frac1e|1-\frac{1}{\mathrm{e}}""",
         r"""xy^2|(xy)^2 ; \sqrt{(x-y)^2}|x-y ; \sqrt{(x-y)^2}|y-x ; x-y|y-x ; ln|nl ;
@@ -1696,8 +1754,8 @@ HOSTILE = [
     "--" * 90 + "1", "((((x+y+z))^199)^(199/100))^(2/3)", "." * 10 ** 6, "50%" * 99,
     "+".join("abcdef" * 20), "(1+9^{-70})^{9^{70}}+" * 13 + "1", "(-2)^.2+" * 37 + "1",
     r"(\frac xx+9^-70)^9^70+" * 13 + "1", r"\sqrt2^" * 40 + "2", "a+" * 149 + "b",
-    "((1," * 70 + "1)", "nan", "inf", "1/inf", r"\frac" * 60,
-    r"\sqrt" * 58 + "2", "5" + " cm" * 90, "5 " + "abc " * 74, "9!+" * 99]
+    "((1," * 70 + "1)", "nan", "inf", "1/inf", r"\frac" * 60, r"\sqrt" * 58 + "2", "5" + " cm" * 90,
+    "5 " + "abc " * 74, "9!+" * 99]
 
 @each("equal, pair", [(True, pair) for pair in EQUAL] + [(False, pair) for pair in UNEQUAL])
 def test_equal_answers_are_and_unequal_ones_and_attacks_are_not(equal, pair):
@@ -1723,14 +1781,12 @@ def test_lengths_in_bars_are_a_name():
     ("#### 42\n#hashtag", "42", 0), ("is #### 99 dollars.", "99 dollars.", 3),
     ("3+8\n1\n#1", "1", 6), ("#2\n#", "2", 0), ("#1\n# 2", "1", 0), ("##1\n###2\n#3", "3", 9)])
 def test_the_answer_is_found_where_its_marker_begins(text, answer, start):
-    assert m.find_answer(text) == (answer, start)
-    assert m.extract_answer(text) == answer
+    assert m.find_answer(text) == (answer, start) and m.extract_answer(text) == answer
 
 @each("text", ["", "nothing", "a\n#### ", "####", "# Check\n", "### 5", "##5", r"\boxed{open",
                r"\boxed{2} \boxed{open", "# 5"])
 def test_text_without_an_answer_has_none(text):
-    assert m.find_answer(text) == (None, len(text))
-    assert m.extract_answer(text) is None
+    assert m.find_answer(text) == (None, len(text)) and m.extract_answer(text) is None
 
 @each("piece", ["\\boxed{", "#", "\\boxed ", "{", "}", "\\boxed{}", "####\n", " "])
 def test_extraction_from_a_megabyte_is_linear(piece):
@@ -1739,8 +1795,12 @@ def test_extraction_from_a_megabyte_is_linear(piece):
         m.extract_answer(before + piece * (10 ** 6 // len(piece)))
     assert time.process_time() - start < 3
 
+def filled(text, letters):
+    """Return the text with the letters' values in the place of the letters."""
+    return text.translate(str.maketrans({x: str(value) for x, value in letters.items()}))
+
 def spellings(rng):
-    """Return a random value of a kind that GSM8K, MATH or AIME ask for: kind, value, spellings."""
+    """Return a kind of value that GSM8K, MATH or AIME ask for, a random one, and its spellings."""
     a, b, c = rng.randint(2, 99), rng.randint(2, 12), rng.randint(2, 9)
     n, x, y = rng.randint(1000, 999_999), rng.randint(-20, 0), rng.randint(1, 20)
     letters = dict(A=a, B=b, C=c, D=a * c, E=b * c, F=b * c * c, L="ABCDE"[a % 5], N=n,
@@ -1775,11 +1835,10 @@ def spellings(rng):
         r"\text{(L)} | (L)": ("choice", a % 5),
         r"\text{W} | W": ("word", a % 3)}
     kind = rng.choice(list(kinds))
-    letters = str.maketrans({letter: str(value) for letter, value in letters.items()})
-    return kind, kinds[kind], kind.translate(letters).split(" | ")
+    return kind, kinds[kind], filled(kind, letters).split(" | ")
 
 def spelled_pairs(n, seed=0):
-    """Return n (answer, gold, equal): half are one value, half two values of one kind."""
+    """Return n (answer, gold, equal); half are one value, half two values of one kind."""
     rng, pairs = random.Random(seed), []
     while len(pairs) < n:
         (kind, value, texts), (other, another, more) = spellings(rng), spellings(rng)
@@ -1837,13 +1896,9 @@ def test_golds_in_the_forms_of_math_equal_their_respellings_and_no_mutated_gold_
     rng = random.Random(7)
     for _ in range(40):
         letters = dict(zip("ABC", rng.sample(range(2, 10), 3)), N=rng.randint(100, 999))
-        right = gold.translate(str.maketrans({x: str(n) for x, n in letters.items()}))
-        mutated = []
-        for letter in letters.keys() & set(gold):
-            others = letters | {letter: letters[letter] + 1}
-            mutated.append(gold.translate(str.maketrans({x: str(n) for x, n in others.items()})))
-        for answer in [gold, *MATH_FORMS[gold].split(" | ")]:
-            answer = answer.translate(str.maketrans({x: str(n) for x, n in letters.items()}))
+        right = filled(gold, letters)
+        mutated = [filled(gold, letters | {x: letters[x] + 1}) for x in letters.keys() & set(gold)]
+        for answer in [right, *filled(MATH_FORMS[gold], letters).split(" | ")]:
             assert m.verify(answer, right) and m.verify(right, answer), (answer, right)
             for wrong in mutated:
                 assert not m.verify(answer, wrong) and not m.verify(wrong, answer), (answer, wrong)
@@ -1860,7 +1915,7 @@ def test_agreement_with_math_verify():
     assert len(differ) / len(pairs) <= 0.02
 
 def hostile_strings(n, seed):
-    """Mutations and mixtures of answers, LaTeX pieces and code."""
+    """Yield mutations and mixtures of answers, LaTeX pieces and code."""
     rng = random.Random(seed)
     pieces = [s for pair in EQUAL + UNEQUAL for s in pair.split("|")]
     pieces += HOSTILE[:3] + ["1" * 60, " ", "\n"]
@@ -1899,12 +1954,12 @@ def tower(rng, depth):
     return form % (a, b), mpmath.re(number) if known else mpmath.nan
 
 def peak_memory():
-    """The most memory of this process so far, in MB. Linux counts in kilobytes, macOS in bytes."""
+    """Return the most memory of this process so far, in MB; macOS counts it in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
 
 def attack(strings):
-    """Verify strings, each against a gold and itself plus one: never right, late, nor leaking."""
+    """Verify strings against a gold and themselves plus one; none is right, slow or leaks."""
     memory, worst = peak_memory(), (0, "")
     gc.freeze()  # or else a collection of all that the tests hold would count as an answer's time
     golds = itertools.cycle(["3", r"\frac{1}{2}", "(1,2)", "x+1", "50%", "0"])
@@ -1919,7 +1974,7 @@ def attack(strings):
     assert worst[0] <= 0.2 and grown <= 200 and not os.path.exists("/tmp/owned")
 
 def attack_by_towers(n, seed):
-    """Attacks by towers; one that has a value is equal to the nearest integer only if it is one."""
+    """Attack by towers; one that has a value is equal to the nearest integer only if it is one."""
     rng = random.Random(seed)
     with mpmath.workdps(200):
         towers = [tower(rng, rng.randint(1, 9)) for _ in range(n)]
@@ -1959,12 +2014,10 @@ def test_constant_answers_earn_no_more_than_their_share():
     attackers |= {boxed(n): (n,) for n in range(-1, 101)}
     attackers |= {f"#### {n}": (n,) for n in range(10)}
     for response, values in attackers.items():
-        answer = m.extract_answer(response)
-        earned = sum(m.verify(answer, gold) for _, gold, _ in problems)
+        earned = sum(m.verify(m.extract_answer(response), gold) for _, gold, _ in problems)
         assert earned <= sum(value in values for _, _, value in problems), response
     for question, gold, _ in problems:
-        assert not m.verify(m.extract_answer(question), gold)
-        assert not m.verify(question, gold)
+        assert not m.verify(m.extract_answer(question), gold) and not m.verify(question, gold)
         assert m.verify(m.extract_answer(f"so\n#### {gold}"), gold)
 
 @posix
@@ -1987,13 +2040,14 @@ def test_100_000_towers_and_200_000_hostile_strings():
 def test_what_stands_in_both_scripts_is_in_the_same_words():
     ours, theirs = {}, {}  # {name: source lines} of what a script defines at its top level
     for script, found in zip(SCRIPTS, (ours, theirs)):
-        text = (HERE / script).read_text(encoding="utf-8")
-        for node in ast.parse(text).body:
-            names = [getattr(node, "name", "")] + [getattr(t, "id", "") for t in getattr(node, "targets", [])]
+        for node in ast.parse(text := source(script)).body:
+            defined = [node, *getattr(node, "targets", [])]
             begin = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
-            found |= {name: text.splitlines()[begin - 1:node.end_lineno] for name in names}
-    main = [line for line in ours["main"] if "probe_heads(" not in line and "if config.probe" not in line]
-    ours["main"] = [line.replace("(config.show or config.probe_heads)", "config.show") for line in main]
+            lines = text.splitlines()[begin - 1:node.end_lineno]
+            found |= {getattr(x, "name", getattr(x, "id", "")): lines for x in defined}
+    ours["main"] = [line.replace("(config.show or config.probe_heads)", "config.show")
+                    for line in ours["main"]
+                    if "probe_heads(" not in line and "if config.probe" not in line]
     own = ("is_branch", "score: float", "advantage: float")  # what only iiblpo.py's have
     ours["Trajectory"] = [line for line in ours["Trajectory"] if not line.strip().startswith(own)]
     both = set(ours) & set(theirs)
@@ -2004,7 +2058,8 @@ def test_what_stands_in_both_scripts_is_in_the_same_words():
 
 def test_split_steps():
     text = "Löse x.\n\nErst 3·4 = 12 😀.\n\n\nThen: **done**.\n\n"
-    for delimiter, *steps in [["\n", "3+8\n", "1\n", "#1<eos>"], ["\n", "<eos>"], ["\n\n", "1\n\n", "\n2"]]:
+    for delimiter, *steps in (
+            ["\n", "3+8\n", "1\n", "#1<eos>"], ["\n", "<eos>"], ["\n\n", "1\n\n", "\n2"]):
         found = tpo.split_steps(TINY("".join(steps)).input_ids, TINY, delimiter)
         assert [TINY.decode(step) for step in found] == steps
     bpe = bpe_tokenizer([text] * 9 + ["word.\n\n"] * 50)
@@ -2019,23 +2074,26 @@ def test_split_steps():
 #                             |     +- e                   1    d 0.1  e 0.2  f 0.3  g 0.2  h 0.6
 #                             +- f (twice)              0, 0
 #                             +- g --- h                   0
-P = {"a": [0.25, 1.0], "b": [0.8], "c": [0.9], "d": [0.1], "e": [0.2], "f": [0.3], "g": [0.2], "h": [0.6]}
+P = {"a": [0.25, 1.0], "b": [0.8], "c": [0.9], "d": [0.1],
+     "e": [0.2], "f": [0.3], "g": [0.2], "h": [0.6]}
 PATHS = [("abc", 1.0), ("abd", 0.0), ("ae", 1.0), ("f", 0.0), ("gh", 0.0), ("f", 0.0)]
 
 def hand_tree(paths=PATHS):
+    """Return the root of a tree of paths (their steps, reward, start), and its nodes by letter."""
     root = tpo.Node([9])
-    for path, reward in paths:
+    for path, reward, *start in paths:
         steps = [[ord(s)] * len(P[s]) for s in path]
-        tpo.insert(root, steps, [tensor(P[s]).log() for s in path], reward)
+        tpo.insert(root, steps, [tensor(P[s]).log() for s in path], reward, None, *start)
     return root, {chr(n.tokens[0]): n for n in root.walk()[1:]}
 
 def test_a_tree_by_hand():
+    """p̂, η₁, J_IB, Cov and all kinds of A(s) of the tree above are what the formulas give."""
     root, node = hand_tree()
     assert [node[s].visits for s in "abcdefgh"] == [3, 2, 1, 1, 1, 2, 1, 1]
     assert [node[s].total_reward for s in "abcdefgh"] == [2, 1, 1, 0, 1, 0, 0, 0]
     assert (root.visits, root.value, node["a"].value) == approx((6, 1 / 3, 2 / 3))
     assert node["a"].confidence == approx(0.5) and node["c"].end == 4 and len(root.children) == 3
-    # η₁ = p̂/p̂(parent) - 1.2:  a 2 - 1.2;  b (1/2)/(2/3) - 1.2;  d, f, g -1.2;  h: p̂(g) = 0, so 1 - 1.2
+    # η₁ = p̂/p̂(parent) - 1.2: a 2 - 1.2; b (1/2)/(2/3) - 1.2; d f g -1.2; h 1 - 1.2 as p̂(g) = 0
     for s, eta in zip("abcdefgh", [0.8, -0.45, 0.8, -1.2, 0.3, -1.2, -1.2, -0.2]):
         assert tpo.information_gain(node[s], 5.0) == approx(eta, abs=1e-6)
     # J(q) = 6/6 (3·0.8·0.5 - 2·1.2·0.3 - 1.2·0.2);  J(a) = 6/3 (-2·0.45·0.8 + 0.3·0.2);
@@ -2057,17 +2115,14 @@ def test_a_tree_by_hand():
     grpo = gl * std / (std + 1e-4)
     kinds = {"gl": gl, "ib": ib, "gl+ib": gl + 0.1 * ib, "grpo": grpo, "treerl": treerl}
     for kind, A in kinds.items():
-        found = tpo.step_advantages(root, tree_config("--beta", 5, "--lam", 0.1, "--advantage", kind))
-        assert [found[node[s]] for s in "abcdefgh"] == approx(A.tolist(), abs=1e-6) and len(found) == 8
+        found = tpo.step_advantages(root, tree_config("--beta=5", "--lam=0.1", "--advantage", kind))
+        assert len(found) == 8
+        assert [found[node[s]] for s in "abcdefgh"] == approx(A.tolist(), abs=1e-6)
 
 def test_a_child_counts_as_often_as_it_was_drawn_at_its_node():
-    """Two trajectories from the root, then two from a, and one from b: they visit a, which they
-    did not draw."""
-    root, node = hand_tree([("abc", 1.0), ("f", 0.0)])
-    for path, start, reward in (("abd", 2, 1.0), ("ae", 2, 1.0), ("abd", 3, 0.0)):  # a has two tokens
-        steps = [[ord(s)] * len(P[s]) for s in path]
-        tpo.insert(root, steps, [tensor(P[s]).log() for s in path], reward, start=start)
-    node = {chr(n.tokens[0]): n for n in root.walk()[1:]}
+    """A step counts once for each trajectory that drew it, and not for those that go on from it."""
+    root, node = hand_tree([  # a has two tokens, so that two go on from a, and one from b
+        ("abc", 1.0), ("f", 0.0), ("abd", 1.0, 2), ("ae", 1.0, 2), ("abd", 0.0, 3)])
     assert [node[s].visits for s in "abcdef"] == [4, 3, 1, 2, 1, 1]
     assert [node[s].drawn for s in "abcdef"] == [1, 2, 1, 2, 1, 1]
     # p̂: q 3/5, a 3/4, b 2/3, f 0, e 1.  η₁ with β = 5: a (3/4)/(3/5) - 1.2 = 0.05, f -1.2,
@@ -2110,7 +2165,7 @@ def test_samplers_choose_as_they_say_and_where_there_is_room():
     assert names(2, "ib", "--max_new_tokens", 3) == "qg"  # b ends at token 3: no room
 
 def test_the_estimator_is_the_closed_form_where_shares_are_probabilities():
-    """J = (1+β) Σ π² (p(a*|s)/p(a*|v) - (1 + 1/β)), of a policy of known π(s) and p(a*|s)."""
+    """J_IB is (1+β) Σ π² (p(a*|s)/p(a*|v) - (1 + 1/β)) where samples' shares are exact."""
     pi, p, root = tensor([0.5, 0.3, 0.2]), tensor([0.9, 0.5, 0.1]), tpo.Node([9])
     for s, (count, right) in enumerate([(50, 45), (30, 15), (20, 2)]):
         for i in range(count):
@@ -2119,7 +2174,7 @@ def test_the_estimator_is_the_closed_form_where_shares_are_probabilities():
     assert tpo.ib_score(root, 5.0) == approx(closed.item(), abs=1e-6)
 
 def grown(kind="Qwen2", n=3, sampler="ib"):
-    """(model, roots, trajectories): trees of a random policy, with arbitrary rewards."""
+    """Return a random policy, roots of its trees with arbitrary rewards, and trajectories."""
     model = small_model(kind)
     c = tree_config("--max_new_tokens", 24, "--tree", 3, 4, 2, 2, "--sampler", sampler)
     problems = prompts(*(q + "\n" for q in m.chain_questions(random.Random(0), [2, 7], False, n)))
@@ -2130,7 +2185,7 @@ def grown(kind="Qwen2", n=3, sampler="ib"):
     return model, list(roots.values()), sampled
 
 def upto(root, node):
-    """The trajectory that ends with a node's step."""
+    """Return the trajectory that ends with a node's step."""
     return m.Trajectory(root.tokens, response=sum((n.tokens for n in node.path()), []))
 
 def leaves(root):
@@ -2148,32 +2203,26 @@ def test_trees_grow_as_configured_and_record_the_policys_log_probs(kind, sampler
         assert len(t.response) == 24 or t.complete and len(t.response) < 24
     for i, root in enumerate(roots):
         own = [t for t in sampled if t.group == i]
-        assert sorted(t.response for t in own) == sorted(upto(root, leaf).response for leaf in leaves(root))
+        ends = [upto(root, leaf).response for leaf in leaves(root)]
+        assert sorted(t.response for t in own) == sorted(ends)
         for node in root.walk()[1:]:  # visits and p̂, counted again from the trajectories
             prefix = upto(root, node).response
-            through = [t.reward for t in own if t.response[:len(prefix)] == prefix]
-            assert (node.visits, node.total_reward, node.end) == (len(through), sum(through), len(prefix))
-            begin = node.end - len(node.tokens)
-            drew = [t for t in own if t.response[:len(prefix)] == prefix and t.start <= begin]
-            assert node.drawn == len(drew) > 0
+            through = [t for t in own if t.response[:len(prefix)] == prefix]
+            assert node.visits == len(through) and node.end == len(prefix)
+            assert node.total_reward == sum(t.reward for t in through)
+            assert node.drawn == sum(t.start <= node.end - len(node.tokens) for t in through) > 0
             assert len({tuple(child.tokens) for child in node.children}) == len(node.children)
 
 # ---- IB-TPO: the packed update against the flat way
 
-def shake(roots):
-    """Old log-probs away from the policy's, so that ratios differ from 1 and clipping takes part."""
-    seed(5)
-    for node in itertools.chain(*(root.walk()[1:] for root in roots)):
-        node.logps = node.logps + 0.3 * torch.randn(len(node.logps))
-
 def packed(model, roots, reference, *flags):
-    """Gradients and statistics of the packed update, which takes no step."""
+    """Return gradients and statistics of the packed update, which takes no step."""
     grab, c = grabber(model), tree_config("--max_grad_norm", 1e9, *flags)
     return grab.grads, tpo.update_on_trees(model, grab, roots, c, reference)
 
 def flat(model, roots, reference, *flags, outcomes=None):
-    """Loss, gradient and clipped share, slowly: a pass a trajectory, the mean over all their tokens.
-    outcomes: their advantages, in place of the steps'."""
+    """Return loss, gradient and clipped share, by one pass for each trajectory of the trees.
+    The advantages are those of steps, or else `outcomes`, those of trajectories."""
     c, terms, cut = tree_config(*flags), [], []
     for root, leaf in ((root, leaf) for root in roots for leaf in leaves(root)):
         A, t = tpo.step_advantages(root, c), upto(root, leaf)
@@ -2184,40 +2233,39 @@ def flat(model, roots, reference, *flags, outcomes=None):
         ratio = teacher_forced(reference, t)[0].detach() - logp
         r = (logp - torch.cat([n.logps for n in leaf.path()])).exp()
         clipped = r.clamp(1 - c.clip_low, 1 + c.clip_high)
-        terms.append(c.kl * (ratio.exp() - 1 - ratio) - torch.minimum(r.clamp(max=3) * a, clipped * a))
+        terms.append(c.kl * (ratio.exp() - 1 - ratio) - clipped_objective(r, a))
         cut.append((r > clipped) & (a > 0) | ((r < clipped) | (r > 3)) & (a < 0))
     loss = torch.cat(terms).mean()
     return loss.item(), gradient(loss, model), torch.cat(cut).float().mean().item()
 
 @each("kind, advantage", [*zip(KINDS + ["GPTNeoX"], ["gl+ib", "gl", "ib", "grpo"])])
 def test_the_packed_update_is_the_flat_one(kind, advantage):
-    """Loss and gradient, with ratios away from 1, a clip that takes part, and a KL."""
+    """A tree run once has the loss and gradient of its separate trajectories, with clip and KL."""
     (model, roots, _), reference = grown(kind), small_model(kind, seed=1)
     flags = ["--advantage", advantage, "--kl", 0.1]
-    shake(roots)
+    shake_trees(roots)
     loss, slow, cut = flat(model, roots, reference, *flags)
     for tokens in (10 ** 6, 300):
         grads, stats = packed(model, roots, reference, *flags, "--micro_tokens", tokens)
         assert far(grads[0], slow) < 1e-5 and stats["loss"] == approx(loss, rel=1e-5, abs=1e-6)
-        assert stats["clipped"] == approx(cut, abs=1e-4) and 0.05 < cut < 0.95 and stats["policy_kl"] > 0.01
-        assert stats["tokens_trained"] > 1.1 * stats["tokens_unique"]
-    grads, _ = packed(model, roots, reference, *flags, "--updates_per_step", 2)  # each of half of the trees
+        assert stats["clipped"] == approx(cut, abs=1e-4) and 0.05 < cut < 0.95
+        assert stats["policy_kl"] > 0.01 and stats["tokens_trained"] > 1.1 * stats["tokens_unique"]
+    grads, _ = packed(model, roots, reference, *flags, "--updates_per_step", 2)  # half each
     for i in (0, 1):
         assert far(grads[i], flat(model, roots[i::2], reference, *flags)[1]) < 1e-5
 
-def test_at_ratio_1_gl_on_the_tree_is_grpo_on_its_trajectories(monkeypatch):
+def test_at_ratio_1_gl_on_the_tree_is_grpo_on_its_trajectories(monkeypatch, request):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.double)  # in float32 rounding alone makes 1e-6
-    try:
-        model, roots, _ = grown()
-        groups, rewards = tensor([(i, n.value) for i, root in enumerate(roots) for n in leaves(root)]).T
-        for kind, eps in (("gl", 0.0), ("grpo", 1e-4)):
-            outcomes = m.group_advantages(rewards, groups, eps)
-            _, slow, _ = flat(model, roots, model, "--advantage", kind, outcomes=outcomes)
-            (grad,), stats = packed(model, roots, None, "--advantage", kind)
-            assert far(grad, slow) < 1e-6 and stats["ratio"] == approx(1, abs=1e-5)
-    finally:
-        torch.set_default_dtype(torch.float)
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float))
+    model, roots, _ = grown()
+    ends = [(i, leaf.value) for i, root in enumerate(roots) for leaf in leaves(root)]
+    groups, rewards = tensor(ends).T
+    for kind, eps in (("gl", 0.0), ("grpo", 1e-4)):
+        outcomes = m.group_advantages(rewards, groups, eps)
+        _, slow, _ = flat(model, roots, model, "--advantage", kind, outcomes=outcomes)
+        (grad,), stats = packed(model, roots, None, "--advantage", kind)
+        assert far(grad, slow) < 1e-6 and stats["ratio"] == approx(1, abs=1e-5)
 
 def test_trees_that_teach_nothing_cost_no_pass():
     model, roots, _ = grown(n=4)
@@ -2226,9 +2274,9 @@ def test_trees_that_teach_nothing_cost_no_pass():
     tokens = [sum(len(upto(root, leaf).response) for leaf in leaves(root)) for root in roots]
     teach = sum(n for n, root in zip(tokens, roots) if 0 < root.value < 1)
     assert packed(model, roots, None, "--advantage", "gl")[1]["tokens_trained"] == teach
-    assert packed(model, roots, None)[1]["tokens_trained"] == sum(tokens) > teach > 0  # A_IB is -π/β there
+    assert packed(model, roots, None)[1]["tokens_trained"] == sum(tokens) > teach > 0  # by A_IB
     # what is not run counts in the mean, so that λ = 0 divides by the same number as λ > 0
-    shake(roots)
+    shake_trees(roots)
     grads, _ = packed(model, roots, None, "--advantage", "gl")
     zero, _ = packed(model, roots, None, "--advantage", "gl+ib", "--lam", 0)
     _, slow, _ = flat(model, roots, model, "--advantage", "gl")
@@ -2237,19 +2285,15 @@ def test_trees_that_teach_nothing_cost_no_pass():
 
 # ---- IB-TPO: runs, several processes
 
-def start(script, *flags):
-    return script.main(list(map(str, flags)))
-
 @each("flags", [[], ["--method", "grpo", "--kl", 0.01], ["--sampler", "entropy"]])
-def test_ib_tpo_runs_repeat_and_resume_exactly(rewarded, monkeypatch, flags):
+def test_ib_tpo_runs_repeat_and_resume_exactly(rewarded, flags):
     whole, logged = start(tpo, *TREES, *flags, "--out", "whole"), metrics("whole")
     assert {"reward", "eff_rate", "entropy", "tokens_unique", "ib_score", "cov"} < {*logged[0]}
-    assert len(logged) == 4 and whole["config"]["advantage"] == ("grpo" if "grpo" in flags else "gl+ib")
-    assert "--kl" not in flags or logged[0]["policy_kl"] < 1e-6 < logged[-1]["policy_kl"]  # to where the run began
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tpo, "update_on_trees", dies_at_step_3(tpo.update_on_trees))
-        start(tpo, *TREES, *flags, "--out", "part")
-    assert metrics("part") == logged[:3] and len(torch.load("part/state.pt")["log"]) == 2
+    advantage = "grpo" if "grpo" in flags else "gl+ib"
+    assert len(logged) == 4 and whole["config"]["advantage"] == advantage
+    if "--kl" in flags:  # the KL is to where the run began
+        assert logged[0]["policy_kl"] < 1e-6 < logged[-1]["policy_kl"]
+    interrupt_at_step_3(tpo, "update_on_trees", logged, *TREES, *flags)
     resumed = start(tpo, *TREES, *flags, "--out", "part", "--resume")
     assert metrics("part") == logged and resumed["after"] == whole["after"]
 
@@ -2259,7 +2303,7 @@ def test_mistakes_with_trees_are_one_line(folder, capsys):
     assert "beta must be above 0" in refused(capsys, *TREES, "--beta", 0, script=tpo)
     assert not Path("runs").exists()
     windows = small_model(use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    for model in (windows, small_model("Mistral", sliding_window=4)):  # they would not mind the mask of a tree
+    for model in (windows, small_model("Mistral", sliding_window=4)):  # deaf to a tree's mask
         model.save_pretrained("policy")
         assert "need full attention" in refused(capsys, *TREES, script=tpo)
 
@@ -2281,8 +2325,9 @@ def gradients_of_both():
         m.update(model, grab, batch[share], c)
         found += grab.grads
     model, roots, _ = grown(n=5)
-    shake(roots)
-    return found + packed(model, roots[share], small_model(seed=1), "--micro_tokens", 300, "--kl", 0.1)[0]
+    shake_trees(roots)
+    flags = ["--micro_tokens", 300, "--kl", 0.1]
+    return found + packed(model, roots[share], small_model(seed=1), *flags)[0]
 
 def test_two_processes_have_the_gradient_of_one_and_train_resume_and_show(folder):
     lines = ["import contextlib, sys, torch", f"sys.path.insert(0, {str(HERE)!r})",
@@ -2302,9 +2347,10 @@ def test_two_processes_have_the_gradient_of_one_and_train_resume_and_show(folder
     lines += ["two = t.gradients_of_both()", "if t.m.RANK == 0: torch.save(two, 'two.pt')",
               "torch.distributed.destroy_process_group()"]
     Path("two.py").write_text("\n".join(lines))
-    how = "-m torch.distributed.run --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:0 two.py"
-    done = subprocess.run([sys.executable, *how.split()], capture_output=True, text=True, timeout=300,
-                          env={"OMP_NUM_THREADS": "1", **os.environ})
+    how = ("-m torch.distributed.run --nproc_per_node=2 --rdzv_backend=c10d "
+           "--rdzv_endpoint=localhost:0 two.py")
+    done = subprocess.run([sys.executable, *how.split()], capture_output=True, text=True,
+                          timeout=300, env={"OMP_NUM_THREADS": "1", **os.environ})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("everything is in") == 4  # only the first process speaks
     for a, b, candidates in (("m_a", "m_b", 4 * 6), ("tpo_a", "tpo_b", 3 * 4)):
@@ -2317,7 +2363,7 @@ def test_two_processes_have_the_gradient_of_one_and_train_resume_and_show(folder
 
 # ---- README
 
-README = (HERE / "README.md").read_text(encoding="utf-8")
+README = source("README.md")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 def test_readme_and_scripts_name_the_same_tested_packages():
@@ -2325,12 +2371,11 @@ def test_readme_and_scripts_name_the_same_tested_packages():
     pinned = [package for package in packages if "==" in package]
     assert [package.split("==")[0] for package in pinned] == ["torch", "transformers"]
     for script in SCRIPTS:
-        header = (HERE / script).read_text(encoding="utf-8")
-        assert json.loads(re.search("# dependencies = (.*)", header)[1]) == packages
+        assert json.loads(re.search("# dependencies = (.*)", source(script))[1]) == packages
     assert transformers.__version__ in README  # among the releases that are known to work
 
 def test_commands_of_the_readme_survive_pasting():
-    """Into zsh, where "#" begins no comment, and PowerShell 5, which knows no "&&"."""
+    """They hold nothing that zsh, where "#" begins no comment, or PowerShell 5 misreads."""
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S):
         assert not re.search(r"#|&&|\|\||^\w+=", block, re.M), block
 
@@ -2345,16 +2390,16 @@ def test_the_commands_of_the_readme_parse():
             (config if script == "iiblpo" else tree_config)(*shlex.split(flags))
 
 def test_the_functions_that_the_readme_names_exist():
-    """Those of a table's last column."""
+    """The last columns of its tables name only functions and classes of the scripts."""
     columns = re.findall(r"\| ((?:`\w+`(?:, )?)+) \|$", README, re.M)
-    text = "".join((HERE / script).read_text(encoding="utf-8") for script in SCRIPTS)
+    text = "".join(map(source, SCRIPTS))
     named = re.findall(r"\w+", " ".join(columns))
     missing = [name for name in named if not re.search(rf"^(def|class) {name}\b", text, re.M)]
     assert len(named) >= 30 and not missing
 
 @posix
 def test_the_snippets_of_the_readme_run(folder, monkeypatch):
-    """In a folder where each run that they read is the same tiny one."""
+    """They run as they stand, in a folder where each run that they read is the same tiny one."""
     for module in re.findall(r"^\s*(?:import|from) (\w+)", "\n".join(SNIPPETS), re.M):
         pytest.importorskip(module)
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -2371,25 +2416,29 @@ def test_the_snippets_of_the_readme_run(folder, monkeypatch):
 
 METHODS = {"grpo": "iiblpo.py --method grpo", "iiblpo": "iiblpo.py", "ib_tpo": "ib_tpo.py",
            "entropy_reg": "iiblpo.py --method entropy_reg", "dapo": "iiblpo.py --method dapo"}
-SETTINGS = {"long": "--max_tokens 1600000", "habit0": "--habit 0", "habit0.5": "--habit 0.5", "habit0.9": "--habit 0.9"}
-ABLATIONS = {"iiblpo_no_latents": "iiblpo.py --branch_mode random",
-             "iiblpo_same_latent": "test_iiblpo.py", "iiblpo_no_decay": "iiblpo.py --psa_halflife 1e9",
-             "iiblpo_filter": "iiblpo.py --keep 0.75 --beta 4", "iiblpo_no_self_reward": "iiblpo.py --kappa 0",
-             "ib_tpo_lambda0": "ib_tpo.py --lam 0", "ib_tpo_paper": "ib_tpo.py --beta 5 --lam 0.1",
-             "ib_tpo_independent": "ib_tpo.py --sampler independent", "ib_tpo_random": "ib_tpo.py --sampler random",
-             "ib_tpo_entropy": "ib_tpo.py --sampler entropy",
-             "treerl": "ib_tpo.py --sampler entropy --advantage treerl"}
-EVIDENCE = [("default", name, METHODS[name], range(8)) for name in METHODS]  # setting, name, command, seeds
+SETTINGS = {"long": "--max_tokens 1600000", "habit0": "--habit 0",
+            "habit0.5": "--habit 0.5", "habit0.9": "--habit 0.9"}
+ABLATIONS = {
+    "iiblpo_no_latents": "iiblpo.py --branch_mode random", "iiblpo_same_latent": "test_iiblpo.py",
+    "iiblpo_no_decay": "iiblpo.py --psa_halflife 1e9",
+    "iiblpo_filter": "iiblpo.py --keep 0.75 --beta 4",
+    "iiblpo_no_self_reward": "iiblpo.py --kappa 0",
+    "ib_tpo_lambda0": "ib_tpo.py --lam 0", "ib_tpo_paper": "ib_tpo.py --beta 5 --lam 0.1",
+    "ib_tpo_independent": "ib_tpo.py --sampler independent",
+    "ib_tpo_random": "ib_tpo.py --sampler random", "ib_tpo_entropy": "ib_tpo.py --sampler entropy",
+    "treerl": "ib_tpo.py --sampler entropy --advantage treerl"}
+EVIDENCE = [("default", name, METHODS[name], range(8)) for name in METHODS]  # and the seeds
 EVIDENCE += [(setting, name, f"{METHODS[name]} {SETTINGS[setting]}", range(6))
              for setting in SETTINGS for name in METHODS if name != "dapo"]
 EVIDENCE += [("default", name, ABLATIONS[name], range(3)) for name in ABLATIONS]
 
 def background(script, *flags):
-    return subprocess.Popen([sys.executable, HERE / script, *map(str, flags)], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([sys.executable, HERE / script, *map(str, flags)],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 def steer_the_update_too(set_attribute=setattr):
-    """The ablation "same latent": what a latent sampled is also trained under it, so that the ratio begins at 1."""
+    """Patch iiblpo.py to train what a latent sampled under it, so that the ratio begins at 1."""
     sample, token_logps, noted = m.sample, m.token_logps, {}
 
     def sample_and_note(model, tokenizer, begun, config, greedy=False, steer=None):
@@ -2407,7 +2456,8 @@ def steer_the_update_too(set_attribute=setattr):
             return token_logps(model, batch)
         P = max(len(t.prompt) for t in batch)
         z = torch.stack([torch.zeros_like(known[0]) if z is None else z for z in latents])
-        born = [10 ** 9 if z is None else P + t.start - 1 for t, z in zip(batch, latents)]  # 10 ** 9: never
+        never = 10 ** 9
+        born = [never if z is None else P + t.start - 1 for t, z in zip(batch, latents)]
         with noted["psa"].steer(z, tensor(born)):
             return token_logps(model, batch)
 
@@ -2418,25 +2468,27 @@ def final(out):
     return json.loads(Path(out, "summary.json").read_text())["after"]
 
 def evidence(run):
-    """One run of the evidence, if it is not there already: its row of the table."""
+    """Do a run of the evidence, if it is not there already, and return its row of the table."""
     setting, name, command, seed = run
     out = Path(f"runs/evidence/{setting}-{name}-{seed}")
     if not (out / "summary.json").exists():
         resume = ["--resume"] * out.exists()
         assert background(*command.split(), "--seed", seed, "--out", out, *resume).wait() == 0, out
     reward = pandas.read_json(out / "metrics.jsonl", lines=True).reward.rolling(10).mean()
-    return {"setting": setting, "name": name, "seed": seed, **final(out), "fall": (reward.cummax() - reward).max()}
+    fall = (reward.cummax() - reward).max()
+    return {"setting": setting, "name": name, "seed": seed, **final(out), "fall": fall}
 
 @benchmark
 def test_evidence(monkeypatch):
-    """All variants and seeds, two runs at a time; what is there already is not run again."""
+    """Both methods keep GRPO's pass@1 and gain in sound responses; runs are not done twice."""
     monkeypatch.chdir(HERE)
     for flags in ("", "--habit 0", "--habit 0.5", "--habit 0.9"):
         m.warm_start(config(*flags.split()))
     with ThreadPoolExecutor(2) as pool:
         runs = [(*variant, seed) for *variant, seeds in EVIDENCE for seed in seeds]
         table = pandas.DataFrame(pool.map(evidence, runs)).set_index(["setting", "name", "seed"])
-    columns, less = ["pass@1", "pass@16", "distinct_correct", "sound@1", "sound@16", "distinct_sound", "fall"], {}
+    columns = "pass@1 pass@16 distinct_correct sound@1 sound@16 distinct_sound fall".split()
+    less = {}
     for setting, values in table[columns].groupby("setting", sort=False):
         values = values.droplevel("setting")
         less[setting] = values.sub(values.loc["grpo"], level="seed")
@@ -2446,18 +2498,21 @@ def test_evidence(monkeypatch):
             print(f"\n{setting}: {title}\n{text.to_string()}")
     habits = table.loc[["default", "habit0", "habit0.5", "habit0.9"], columns]
     for name in ("iiblpo", "ib_tpo"):
-        group = (habits.xs(name, level="name") - habits.xs("entropy_reg", level="name")).groupby("setting")
-        text = group.mean().mean().map("{:+.4f}".format) + (group.sem() / 4).pow(2).sum().pow(0.5).map(" ± {:.4f}".format)
+        more = habits.xs(name, level="name") - habits.xs("entropy_reg", level="name")
+        group = more.groupby("setting")
+        error = (group.sem() / 4).pow(2).sum().pow(0.5)
+        text = group.mean().mean().map("{:+.4f}".format) + error.map(" ± {:.4f}".format)
         print(f"\n{name} less the entropy bonus, mean of the four habits\n{text.to_string()}")
-    assert table.loc["default"].loc[list(METHODS)].fall.max() <= 0.15  # no seed goes astray
+    default = table.loc["default"]
+    assert default.loc[list(METHODS)].fall.max() <= 0.15  # no seed goes astray
     for name in ("iiblpo", "ib_tpo"):
         gain = less["default"].loc[name]
         assert gain["pass@1"].mean() >= -gain["pass@1"].sem() and gain["sound@16"].mean() >= 0.08
-        assert gain["distinct_sound"].mean() >= 0.3 * table.loc["default"].loc["grpo"].distinct_sound.mean()
+        assert gain["distinct_sound"].mean() >= 0.3 * default.loc["grpo"].distinct_sound.mean()
 
 @benchmark
 def test_where_to_branch():
-    """On 512 problems of the warm start: how many teach, and at what price?"""
+    """Trees by IB score take fewer tokens than independent rollouts on the same 512 problems."""
     (model, tokenizer), rows = tpo.load_policy(tree_config()), {}
     for flags in ("independent --rollouts 8", "independent", "random", "fixed", "entropy", "ib"):
         c = tree_config("--sampler", *flags.split())
@@ -2472,7 +2527,7 @@ def test_where_to_branch():
 @benchmark
 def test_latents_change_what_is_done_next_and_leave_it_right():
     def share_of_valid_lines(t):
-        """Lines of a response that follow from the one before by one reduction."""
+        """Return the share of lines that follow from the one before by one reduction."""
         lines, valid = [t.question.rstrip("="), *t.text.split("\n")], 0
         for before, line in itertools.pairwise(lines):
             places = range(1, len(before), 2) if re.fullmatch(r"\d([-+*]\d)*", before) else []
@@ -2494,17 +2549,18 @@ def test_latents_change_what_is_done_next_and_leave_it_right():
         with torch.no_grad(), psa.steer(z, torch.full((2,), ids.shape[1] - 1)):
             p, q = model(ids).logits[:, -1].softmax(-1)
         variation += (p - q).abs().sum().item() / 2 / len(prefixes)
-    print(f"valid lines {steered:.3f}, without latents {bare:.3f}; total variation at t* {variation:.3f}")
+    print(f"valid lines {steered:.3f}, bare {bare:.3f}; total variation at t* {variation:.3f}")
     assert variation >= 0.05 and steered >= bare - 0.1
 
 @benchmark
 def test_steps_against_trl(tmp_path, monkeypatch):
-    """From the same weights, in turns: TRL's GRPO and ours on 24 x 16 responses, IB-TPO on 48 trees of 12."""
+    """GRPO and IB-TPO make more trajectories a second than TRL's GRPO, from the same weights."""
     trl = pytest.importorskip("trl", reason="TRL is not installed here (pip install trl)")
     c, trees = config("--method", "grpo", "--rollouts", 16, "--prompts_per_step", 24), tree_config()
     model, tokenizer = m.load_policy(c)
     ours, pairs, rng, seconds = copy.deepcopy(model), m.load_problems(c)[0], random.Random(0), []
-    problems, optimizer = m.encode(pairs, ours, tokenizer, c), torch.optim.AdamW(ours.parameters(), lr=1e-6)
+    problems = m.encode(pairs, ours, tokenizer, c)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6)
     monkeypatch.chdir(tmp_path)
 
     class Turns(transformers.TrainerCallback):
@@ -2523,10 +2579,12 @@ def test_steps_against_trl(tmp_path, monkeypatch):
             seconds.append([after - before for before, after in itertools.pairwise(times)])
 
     trl.GRPOTrainer(
-        model, lambda completions, gold, **_: [m.extract_answer(t) == a for t, a in zip(completions, gold)],
-        trl.GRPOConfig("trl", per_device_train_batch_size=384, num_generations=16, max_completion_length=48,
-                       max_steps=17, learning_rate=1e-6, loss_type="dapo", beta=0.0, temperature=1.0, top_k=0,
-                       use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no"),
+        model, lambda completions, gold, **_: [
+            m.extract_answer(t) == a for t, a in zip(completions, gold)],
+        trl.GRPOConfig(
+            "trl", per_device_train_batch_size=384, num_generations=16, max_completion_length=48,
+            max_steps=17, learning_rate=1e-6, loss_type="dapo", beta=0.0, temperature=1.0, top_k=0,
+            use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no"),
         datasets.Dataset.from_list([{"prompt": q + "\n", "gold": gold} for q, gold in pairs]),
         processing_class=tokenizer, callbacks=[Turns()]).train()
     times = pandas.DataFrame(seconds, columns=["TRL", "GRPO", "IB-TPO"])[2:].median()
@@ -2563,7 +2621,7 @@ print(f"{sys.argv[1]}, recompute {recompute}, {rows} rows: {peak:.1f} GiB, {seco
 """
 
 def update_of_half_a_billion(*arguments):
-    """Peak memory in GiB and seconds of one update of a random Qwen2.5-0.5B, in fp32 on the CPU."""
+    """Return peak memory in GiB and seconds of an update of a random Qwen2.5-0.5B on the CPU."""
     said = subprocess.check_output([sys.executable, "-c", UPDATE, *arguments], cwd=HERE, text=True)
     print("\n" + said.strip().splitlines()[-1])
     return [float(number) for number in re.findall(r"([\d.]+) (?:GiB|s)\b", said)]
@@ -2575,14 +2633,14 @@ def test_memory_of_an_update_at_the_defaults():
 
 @benchmark
 def test_the_price_of_running_layers_again():
-    """In time of the update, on a quarter of the default's tokens."""
+    """Running layers again makes an update, here of a quarter, 1.5 times as long at most."""
     times = [update_of_half_a_billion("iiblpo", again, "4")[1] for again in ("True", "False")]
     assert times[0] <= 1.5 * times[1]
 
 @benchmark
 @each("script, flags", list(zip(SCRIPTS, (QUICK, TREES))), ids=SCRIPTS)
 def test_twenty_kills_lose_nothing(folder, script, flags):
-    """kill -9 at random moments of a run, warm start included; resumed, it ends in the same numbers."""
+    """A run killed at a random moment, warm start included, goes on to end in the same numbers."""
     flags = [*flags, "--model", "tiny", "--warm_steps", 60, "--max_steps", 8]
     began, rng = time.time(), random.Random(0)
     assert background(script, *flags, "--out", "whole").wait() == 0
@@ -2594,7 +2652,8 @@ def test_twenty_kills_lose_nothing(folder, script, flags):
         time.sleep(rng.uniform(0.2, 1) * seconds)
         process.kill()
         process.wait()
-        assert background(script, *flags, "--out", out, *["--resume"] * Path(out).exists()).wait() == 0
+        resume = ["--resume"] * Path(out).exists()
+        assert background(script, *flags, "--out", out, *resume).wait() == 0
         assert metrics(out) == metrics("whole") and final(out) == final("whole")
 
 if __name__ == "__main__":
