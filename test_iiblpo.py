@@ -47,9 +47,8 @@ import iiblpo as m
 
 HERE = Path(__file__).parent
 KINDS = ["Qwen2", "Qwen3", "Llama"]
-# the most lines of each file, and of the method in each script, as reached; aimed at are 1,400, 1,150,
-# 2,400 and 260, and for the method 430 and 340
-CEILINGS = {"iiblpo.py": 2000, "ib_tpo.py": 1680, "test_iiblpo.py": 2650, "README.md": 360}
+# The most lines of files and methods; aimed at are 1,400, 1,150, 2,400 and 260, and 430 and 340
+CEILINGS = {"iiblpo.py": 2000, "ib_tpo.py": 1680, "test_iiblpo.py": 2665, "README.md": 260}
 METHOD_CEILINGS = {"iiblpo.py": 468, "ib_tpo.py": 360}
 each = pytest.mark.parametrize
 SCRIPTS = ("iiblpo.py", "ib_tpo.py")
@@ -1629,14 +1628,15 @@ def test_no_text_reaches_an_evaluator(script):
 
 @each("name", CEILINGS)
 def test_files_stay_below_their_ceilings(name):
-    assert source(name).count("\n") <= CEILINGS[name]
+    lines = source(name).splitlines()
+    assert len(lines) <= CEILINGS[name]
+    for number, line in enumerate(lines, 1):
+        columns = sum(not unicodedata.combining(character) for character in line)
+        assert columns <= 100 or name == "README.md", f"line {number}"
 
 @each("name", SCRIPTS)
-def test_scripts_keep_the_limits_of_columns_functions_and_method(name):
+def test_scripts_keep_the_limits_of_functions_and_method(name):
     text = source(name)
-    for number, line in enumerate(text.splitlines(), 1):
-        columns = sum(not unicodedata.combining(character) for character in line)
-        assert columns <= 100, f"line {number}"
     before, method, _ = re.split("^# ==== (?:Stage 1|IBTree|The run).*", text, flags=re.M)
     assert before.count("\n") < 200 and method.count("\n") <= METHOD_CEILINGS[name]
     tree = ast.parse(text)
