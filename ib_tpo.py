@@ -19,7 +19,7 @@ trains a real model on one GPU. Every field of `Config` is a flag. A `training_s
 The sections: Config and Trajectory; the tree; the IB-Score; advantages; the update; the training
 step; the run; the reference policy, log-probabilities of packed trees, the self-check and --show;
 supporting code, which iiblpo.py repeats word for word: sampling, the policy, problems, the tiny
-task, the verifier, evaluation, files. Read the supporting code when you meet it.
+task, the verifier, evaluation, files. Look a function of it up when the method calls it.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. The paper has temperature 0.7,
 top-p 0.95, top-k 20, 2k tokens and DAPO-Math-17K. Here responses are sampled at temperature 1 and
@@ -28,9 +28,9 @@ without truncation, so that ln π is the log-probability they were drawn with, a
 
 Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
 we could not read its text; [O] our own choice; other marks name their source. Shapes: B rows,
-T tokens of a response or of a step, S tokens of a packed tree, V vocabulary, H width; in formulas
-B₀, L, K, B are the numbers of `Config.tree`, and a* is the right answer. Entropies and
-log-probabilities are in nats.
+T tokens of a response or of a step, S tokens of a packed tree, V vocabulary, H width; B₀, L, K, B
+are the numbers of `Config.tree`, and a* is the right answer. Entropies and log-probabilities are in
+nats.
 """
 import contextlib
 import copy
@@ -89,23 +89,23 @@ def setting(default, help, allowed=None):
 class Config:
     """All settings. Each is a command-line flag, and can be set in a YAML file, too.
 
-    The defaults are for a real model. tiny_config.yaml has those of the tiny policy.
+    The defaults are for a real model. Where no --model is given, tiny_config.yaml replaces them.
     """
     # The run
     model: str = setting("tiny", "a name of the hub such as Qwen2.5-0.5B, a folder, or tiny")
     method: Literal["ib_tpo", "grpo"] = setting(
-        "ib_tpo", "the method; or GRPO: independent rollouts, one advantage per response (a step "
-        "that responses share gets the mean of theirs)")
+        "ib_tpo", "ib_tpo; or grpo: independent rollouts, one advantage per response (a step that "
+        "responses share gets the mean of theirs)")
     max_steps: int = setting(200, "largest number of training steps", "1..")
-    max_tokens: int = setting(0, "largest number of sampled tokens (0: no limit)", "0..")
+    max_tokens: int = setting(0, "sampled tokens after which the run stops (0: no limit)", "0..")
     seed: int = setting(0, "seed of problems and sampling", "0..")
     out: str = setting("", "folder of the run (by default runs/METHOD-MODEL-SEED)")
     resume: bool = setting(False, "go on from the run's last checkpoint")
     save_every: int = setting(10, "steps between checkpoints", "1..")
     show: bool = setting(False, "print the tree of one problem, and do not train")
     # Problems
-    dataset: str = setting("gsm8k", "chain, gsm8k, math, dapo, owner/name or owner/name:config of "
-                           "the hub, or a .jsonl, .json or .parquet file")
+    dataset: str = setting("gsm8k", "chain (the tiny task), gsm8k, math, dapo, owner/name or "
+                           "owner/name:config of the hub, or a .jsonl, .json or .parquet file")
     eval_dataset: str = setting("", "another data set to evaluate on: math500, aime24, aime25, "
                                 "olympiadbench, or as above")
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
@@ -119,7 +119,7 @@ class Config:
     tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts, then L - 1 rounds, "
                               "each with B continuations of K nodes; 12 responses in all", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
-        "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: at each place once; "
+        "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: each step in turn; "
         "entropy: before the step of highest token entropy; independent: nowhere")
     rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
                             "tree has)", "0..")
@@ -174,7 +174,7 @@ class Trajectory:
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
-    group: int = 0  # the number of its problem in the training batch
+    group: int = 0  # the number of its problem in the batch, set by `shard`
     response: list[int] = field(default_factory=list)  # T tokens; the last is EOS unless cut off
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of each token o_t, recorded in sampling
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, of the distribution that o_t was drawn from
@@ -240,7 +240,7 @@ def split_steps(token_ids, tokenizer, delimiter):
 
     A step ends with the token that completes a delimiter, in the paper "\\n\\n". [P] What follows
     the last delimiter is the last step. With the delimiter "\\n",
-    "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
+    "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1" (a response of the tiny task, which is modulo 10).
     """
     texts = {token: tokenizer.decode(token, skip_special_tokens=True) for token in set(token_ids)}
     steps, text = [[]], ""
@@ -276,6 +276,14 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
         node.total_reward += reward
     return path[-1]
 
+def prefix_at(node, problem):
+    """Return the problem with the steps down to a node as its response, to be continued."""
+    path = node.path()
+    # The problem's logps and entropy are empty; `cat` needs them at the root, whose path is empty
+    return replace(problem, response=[token for step in path for token in step.tokens],
+                   logps=torch.cat([problem.logps, *[step.logps for step in path]]),
+                   entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
+
 def extend_trees(model, tokenizer, roots, prefixes, config):
     """Sample on from the prefixes, insert the trajectories into their trees, and return them."""
     new = sample(model, tokenizer, prefixes, config)
@@ -290,12 +298,13 @@ def extend_trees(model, tokenizer, roots, prefixes, config):
 def grow(model, tokenizer, problems, config, rng):
     """Grow an IBTree per problem; return ({group: root}, all trajectories that were sampled). [P]
 
-    One `sample` per round serves all trees; it runs prompts and prefixes again, uncached. [O]
+    One `sample` per round serves all trees. It computes prompts and prefixes anew, because no KV
+    cache is kept from round to round. [O]
     """
     B0, L, K, B = config.tree
     if config.sampler == "independent":
-        B0 = config.rollouts or B0 + (L - 1) * K * B  # G
-        L = 1
+        G = B0 + (L - 1) * K * B
+        B0, L = config.rollouts or G, 1
     # branched=1, because the B₀ rollouts branch from the root
     roots = {t.group: Node(t.prompt, branched=1) for t in problems}
     trajectories = extend_trees(model, tokenizer, roots, problems * B0, config)
@@ -310,20 +319,21 @@ def grow(model, tokenizer, problems, config, rng):
 
 # ==== IB-Score: where to branch
 #   J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H           [P]
-#   J_IB(v) ≈ (1+β)/B Σ_b η₁(s_b) η₂(s_b), over the B sub-steps s_b sampled at v       [P]
+#           = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
+#   J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b), over the n sub-steps s_b sampled at v       [P]
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β), v the parent of s         [P]
 #   confidence        η₂(s) = π(s)                                                     [P]
 # Our reconstruction of how the second line follows from the first: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   the mean of 1 - π(s) over s ~ π(s|a*,v), by Bayes
-#   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/B Σ_b η₁ η₂, which ranks nodes as the above does
-# So the second line needs a cross-entropy for H(s|a*,v). The Gini entropy, which the first line
-# names, is the mean of 1 - π(s|a*,v). With the geometric mean for π(s), the code keeps the form of
-# the second line, but not its derivation.
-# How to read the score: as long as no child of v was continued, its children's mean η₁ is -1/β, so
-# that J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). It is high where confidence and gain agree, and
-# where the policy is not confident. With one child, or with children that are all right, it is
-# -(1+β)/β mean η₂: only confidence counts.
+#   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as the above does
+# So the approximation follows only if H(s|a*,v) is the cross term 1 - Σ_s π(s|a*,v) π(s). The Gini
+# entropy that the first line names would be 1 - Σ_s π(s|a*,v)². With the geometric mean for π(s),
+# the code keeps the form of the approximation, but not its derivation.
+# How to read the score: as long as nothing was continued from below v, its children's mean η₁ is
+# -1/β, so that J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). The first term is high where the more
+# confident children gain more, the second where confidence is low. With one child, or with children
+# that are all right, only the second is left.
 
 def information_gain(node, beta):
     """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
@@ -338,18 +348,21 @@ def ib_score(node, beta):
     A child counts once per trajectory that sampled it. Trajectories that were continued from it, or
     from below it, got it in their prefix, and do not count.
     """
-    drawn = sum(s.drawn for s in node.children)  # the formula's B
+    drawn = sum(s.drawn for s in node.children)  # n
     total = sum(s.drawn * information_gain(s, beta) * s.confidence for s in node.children)
     return (1 + beta) / drawn * total
 
 def ib_covariance(node, beta):
-    """Return Cov(η₁, η₂) over the sub-steps drawn at a node; under GRPO it falls to zero. [P]"""
+    """Return Cov(η₁, η₂) over the sub-steps drawn at a node.
+
+    In the paper's GRPO runs it falls to zero in the course of training. [P]
+    """
     drawn = torch.tensor([s.drawn for s in node.children])
     eta = torch.tensor([[information_gain(s, beta), s.confidence] for s in node.children])
     return torch.cov(eta.T, correction=0, fweights=drawn)[0, 1].item()
 
 def select_nodes(root, k, sampler, config, rng):
-    """Return the k nodes to branch from; a node must have children, and room for more tokens.
+    """Return the k nodes to branch from; a node must have children.
 
     ib: those of highest J_IB; random: any, as in RandTree. [P]
     entropy: those before the step with the highest H_t, where EPTree branches inside a step, at the
@@ -357,7 +370,7 @@ def select_nodes(root, k, sampler, config, rng):
     Both take the nodes that were branched from least often first. [O]
     If there are fewer than k nodes, they are repeated.
     """
-    nodes = [n for n in root.walk() if n.children and n.end < config.max_new_tokens]
+    nodes = [n for n in root.walk() if n.children]
     if sampler == "ib":
         nodes.sort(key=lambda n: -ib_score(n, config.beta))
     elif sampler == "entropy":
@@ -377,7 +390,7 @@ def select_nodes(root, k, sampler, config, rng):
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. [O]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So at ratio 1,
 # A_GL on the tree is GRPO on its trajectories. But these are not independent draws of the policy:
-# prefixes chosen by outcome are over-represented, which biases p̂ slightly. [O]
+# prefixes that were chosen by outcome are over-represented, which biases p̂ of what lies above. [O]
 
 def step_advantage(node, root, config):
     """Return A(s) of the kind that config.advantage names.
@@ -399,8 +412,9 @@ def step_advantages(root, config):
     return {step: step_advantage(step, root, config) for step in root.walk()[1:]}
 
 # ==== Update on packed trees
-#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, over the tokens of all G trajectories  [P]
-#          each of these tokens has weight 1; r_t is bounded by 3 where A < 0                 [O]
+#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL                                        [P]
+#          mean_t is over all tokens of the G trajectories, so that a shared token counts once
+#          for each of them; r_t is bounded by 3 where A < 0                                 [O]
 # Steps that trajectories share are run once. The tree lies depth-first in one sequence. There a
 # token sees its ancestors and itself, its position is its depth, and its weight is the number of
 # trajectories through it. The gradient is that of G separate rows with the advantages A(s). [O]
@@ -408,18 +422,19 @@ def step_advantages(root, config):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return the clipped part of the loss, and statistics: the mean ratio, the share of tokens cut.
 
-    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], or the weights of tokens. PPO's
-    clip leaves r_t unbounded where A < 0; there the dual clip bounds it [arXiv 1912.09729]. A token
-    is cut where one of the bounds makes its gradient 0.
+    logp, old_logp: [B, T]; in iiblpo.py advantages: [B], mask: [B, T]; in ib_tpo.py a T is a packed
+    tree, advantages are [B, T], and the weights of its tokens are the mask. PPO's clip leaves r_t
+    unbounded where A < 0; there the dual clip bounds it [arXiv 1912.09729]. A token is cut where
+    one of the bounds makes its gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
-    cut_if_right = ratio > 1 + config.clip_high
-    cut_if_wrong = (ratio < 1 - config.clip_low) | (ratio > 3.0)
-    cut = torch.where(advantages > 0, cut_if_right, cut_if_wrong & (advantages < 0))
+    cut_if_positive = ratio > 1 + config.clip_high
+    cut_if_negative = (ratio < 1 - config.clip_low) | (ratio > 3.0)
+    cut = torch.where(advantages > 0, cut_if_positive, cut_if_negative & (advantages < 0))
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
@@ -465,7 +480,11 @@ def pack_tree(root, advantages):
             "attention_mask": mask}
 
 def k3(logp, reference):
-    """Return the k3 estimate of KL(π || π_ref) per token: r - 1 - ln r, r = π_ref / π. [GRPO]"""
+    """Return the k3 estimate of KL(π || π_ref) per token: r - 1 - ln r, r = π_ref / π. [GRPO]
+
+    Differentiated as here, and as in GRPO, its mean gradient on samples of π is that of
+    KL(π_ref || π).
+    """
     return (reference - logp).exp() - 1 - (reference - logp)
 
 def trees_loss(model, packs, config, reference):
@@ -509,7 +528,7 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
             sums["loss"] += share_of_tokens * loss.item() / config.updates_per_step
             sums["tokens_unique"] += sum((pack["weights"] > 0).sum().item() for pack in micro)
             add_means(sums, means, trajectory_tokens(micro))
-        if sum(gather([len(minibatch)])) > 0:
+        if sum(gather([len(minibatch)])) > 0:  # else AdamW would step by its momentum alone
             norm = take_step(model, optimizer, config)
     return total_means(sums) | {"grad_norm": norm}
 
@@ -531,8 +550,8 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
     stats = update_on_trees(model, optimizer, list(roots.values()), config, reference)
     stats |= {"rollout_s": grown - began, "update_s": time.time() - grown}
 
-    # Log. Rewards are means over the trees' trajectories, whose prefixes were chosen by outcome: to
-    # compare samplers, evaluate
+    # Log. The sampler chose the prefixes of a tree's trajectories, so their mean reward does not
+    # measure the policy: compare samplers by evaluations
     if step % 10 == 0:
         print_response(trajectories[0])
     nodes = [node for root in roots.values() for node in root.walk() if node.children]
@@ -558,7 +577,7 @@ def set_up(config):
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
     if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # a frozen reference need not be saved: it is loaded anew
+        run.parts["extra"] = run.extra  # iiblpo.py's latents; ib_tpo.py's reference is frozen
     if (run.folder / "state.pt").exists():
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -587,7 +606,8 @@ def train(config):
         save_lines(run.folder / "metrics.jsonl", log)
         tokens += metrics["tokens_sampled"]
         run.done = share_done(len(log), tokens, config)
-        left = (time.time() - began) * max(0, 1 - run.done) / (run.done - done_before)
+        pace = (time.time() - began) / (run.done - done_before)  # seconds per whole run
+        left = pace * max(0, 1 - run.done)
         print_step(metrics, config, tokens, left)
     save_state(run.folder, run.state, run.parts)
 
@@ -603,16 +623,17 @@ def train(config):
 # ==== The reference policy, log-probabilities of packed trees, the self-check, --show
 
 def prepare(model, config):
-    """Return the reference policy of the KL, or an empty ModuleList if there is no KL.
+    """Return the reference policy of the KL, or an empty module if there is no KL.
 
     End the program with a one-line message if the model would not respect a tree's attention mask.
     """
     settings = model.config.to_dict()
     kinds = set(settings.get("layer_types") or ["full_attention"])
-    window = settings.get("sliding_window")
-    if window or kinds != {"full_attention"}:
-        fail(f"packed trees need full attention, but {type(model).__name__} has layers of types "
-             f"{', '.join(sorted(kinds))}, and the window {window}")
+    if settings.get("sliding_window"):
+        kinds.add("sliding_attention")
+    if kinds != {"full_attention"}:
+        fail(f"packed trees need full attention, but {type(model).__name__} has the layer types "
+             f"{', '.join(sorted(kinds))}")
     if config.kl == 0:
         return torch.nn.ModuleList()
     return copy.deepcopy(model).requires_grad_(False)
@@ -623,7 +644,7 @@ def set_schedule(run, config):
     run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)
 
 def check_policy(model, tokenizer, reference, problems, config):
-    """Compare ln π as recorded while sampling with a plain pass of the row and a packed tree. [O]
+    """Compare the ln π recorded in sampling with those of the row alone and of a packed tree. [O]
 
     End the program with a one-line message for models that do not take positions and mask as given,
     such as those with ALiBi or local attention, because their updates would be silently wrong. The
@@ -667,22 +688,15 @@ def tree_logps(model, packs):
     zeros = torch.zeros(ids.shape, device=DEVICE)
     return zeros.index_put((row, column), logp), weights
 
-def prefix_at(node, problem):
-    """Return the problem with the steps down to a node as its response, to be continued."""
-    path = node.path()
-    # The problem's logps and entropy are empty; `cat` needs them at the root, whose path is empty
-    return replace(problem, response=[token for step in path for token in step.tokens],
-                   logps=torch.cat([problem.logps, *[step.logps for step in path]]),
-                   entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
-
 def trajectory_tokens(packs):
     """Return how many tokens the trajectories of packed trees have, shared ones each time."""
     return sum(pack["weights"].sum().item() for pack in packs)
 
 def show(config):
-    """Print the tree of a held-out problem, after a run with --model RUN/model.
+    """Print the tree of a held-out problem.
 
-    If that is a tiny policy, give --config tiny_config.yaml as well.
+    To see a trained policy, give --model RUN/model, and for a tiny one --config tiny_config.yaml as
+    well.
     """
     _, heldout = load_problems(config)  # first: a mistyped data set shows sooner
     model, tokenizer = load_policy(config)
@@ -692,11 +706,12 @@ def show(config):
     roots, _ = grow(model, tokenizer, [problem], config, random.Random(config.seed))
     root = roots[0]
     A = step_advantages(root, config)
-    print(f"{problem.question}  answer {problem.gold}\nvisits, p̂; π, A of a step; J of a node")
+    print(f"{problem.question}  answer {problem.gold}")
+    print("visits, p̂, then η₂ and A of a step, and J of a node with children")
     for node in root.walk():
         line = f"{node.visits:3} {node.value:.2f}"
         if node.parent:
-            line += f" π {node.confidence:.2f} A {A[node]:+.2f}"
+            line += f" η₂ {node.confidence:.2f} A {A[node]:+.2f}"
         if node.children:
             line += f" J {ib_score(node, config.beta):+.2f}"
         text = tokenizer.decode(node.tokens).replace("\n", "↵")
@@ -713,7 +728,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: repository:configuration on the hub  # columns that we read [who reads them]
+HUB = {  # name: repository:configuration  # the columns read [a project that reads the same]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -735,7 +750,7 @@ def visible_mask(*args, **kwargs):
     Queries at left padding see only padding, which is masked. CUDA answers NaN there, and by the
     next layer the NaN reaches real tokens [transformers#47651]. What padding sees has no effect.
     """
-    mask = sdpa_mask(*args, **kwargs)  # [B, 1, Q, K], or None where it is merely causal
+    mask = sdpa_mask(*args, **kwargs)  # [B, 1, Q, C], or None where it is merely causal
     return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
 transformers.AttentionMaskInterface.register("sdpa", visible_mask)
 
@@ -863,8 +878,8 @@ def report_gaps(gaps):
     """Print the largest of each kind of gap in ln π, {kind: [N]}; end the program if one is large.
 
     In fp32, rounding makes less than 0.001 nats, and the smallest fault that was seen made 0.07. In
-    bf16, rounding makes 0.02 for a token, at most 0.2 among hundreds, and wrong masks or positions
-    make 2 to 3. The bounds lie between. [O]
+    bf16, rounding typically makes 0.02 per token and at most 0.2 in hundreds of tokens, and wrong
+    masks or positions make 2 to 3. The bounds lie between. [O]
     """
     bound = 0.5 if BF16 else 0.01
     largest = {what: gap.abs().nan_to_num(nan=math.inf).max().item() for what, gap in gaps.items()}
@@ -1004,7 +1019,7 @@ def load_problems(config):
     """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
-        rng = random.Random(f"train {config.seed}")  # no seed is "held out": see below
+        rng = random.Random(f"train {config.seed}")  # never the seed of those held out, below
         train = chain_questions(rng, config.operands, False, 4096)
         heldout = chain_questions(random.Random("held out"), config.operands, True, n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
@@ -1141,7 +1156,7 @@ def is_sound(question, text):
     return answer == "#" + expression
 
 def demonstration(question, rng, habit):
-    """Return a response whose lines reduce the leftmost operator at rate `habit`, else any one."""
+    """Return a response; at rate `habit` a line reduces the leftmost operator, else any one."""
     expression, response = question.rstrip("="), ""
     while len(expression) > 1:
         at = 1
@@ -1152,7 +1167,7 @@ def demonstration(question, rng, habit):
     return response + "#" + expression
 
 def chain_questions(rng, operands, heldout, n):
-    """Return n different questions; those held out are the ones whose checksum divides by 16."""
+    """Return n different questions; held out are those whose checksum is a multiple of 16."""
     found = {}
     for _ in range(32 * n + 10_000):
         question = str(rng.randrange(10))
@@ -1270,6 +1285,7 @@ READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=>
 SPELLINGS = [  # patterns and what replaces them, in this order
     (r"\\(?:text|math|mbox|bold)\w*\s*\{([^{}]*)\}", r" \1 "),  # 5\text{ cm} -> 5 cm
     (r"(?<=\d) ?(?:,\\!|\\,|\{ ?, ?\}) ?(?=\d{3})", ""),  # 1{,}000 -> 1000
+    # Each word and sign that READ_AS knows: \dfrac -> \frac, × -> *
     (r"\\?[A-Za-z]+|\*\*|[<>]=|\\[%\\]|[^\w .]|[²π]", lambda sign: READ_AS.get(sign[0], sign[0])),
     (r"\\(begin|end)\{\w*matrix\}", lambda end: "((" if end[1] == "begin" else "))"),
     (r"(?:\\[,;:! ()\[\]]|(?<!\\)\$|~|\s)+", " "),  # $x\ y$ -> x y
@@ -1277,21 +1293,27 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     (r"(?<![^,])([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),  # 1\pm2 -> 1+2,1-2
     (r"(?<![^(\[,=]) *\+|\\[${}]|\^ ?\{?\\circ\}?|[. ]+$|^ +|, *(?=,)", ""),  # \{90^\circ\}. -> 90
     (r"(?<![\w.)}!])(1?\d)!", lambda n: str(math.factorial(int(n[1])))),  # 3! -> 6
+    # 1,000 or 1 000 -> 1000, only as a whole answer or after "="
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
 WORD = (r"(?:(?!(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
         r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b)"
         r"[A-Za-z]{3,}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)")  # a word of a unit, but of no number
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"
+# Name, value and unit: "x = 5 cm" -> x, 5, cm. A unit is behind a digit, a bracket or pi, and a
+# blank; only metres and kilograms may touch the number
 ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*?)(?:(?:(?<=[\d)}}])|(?<=pi)) ?(%|"
                   rf"(?:(?<= )|(?=[ckm]m\b|kg)){WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?) *)?")
+# "\frac12" -> \frac 1 2, and "xy" -> x y, but "no", "on" and "ln" stay words
 TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|"
                    r"\\sqrt\[\d+\]|(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|\\?[A-Za-z]+|\S")
+# The blank that means "times": 2 x -> 2 * x, but not inside \frac 1 2
 PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))"
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # Letters are complex values, which mpf() refuses: a root such as x^(1/2) has two signs
+    # Only a real base takes any power. mpf() refuses a letter (a complex value), so x^(1/2), which
+    # has two signs, is compared as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1508,9 +1530,15 @@ def save_atomically(path, write):
         with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as temporary:
             new = Path(temporary, path.name)
             write(new)
+            old = Path(temporary, "old")  # it goes when `temporary` does
             if path.is_dir():
-                path.replace(Path(temporary, "old"))  # it goes when `temporary` does
-            rename(new, path)
+                path.replace(old)
+            try:
+                rename(new, path)
+            except OSError:
+                if old.exists():
+                    old.replace(path)
+                raise
     except Exception as e:  # whatever a disk or a library raises
         fail(f"cannot write {path}: {e}")
 
