@@ -2419,10 +2419,12 @@ METHODS = {"grpo": "iiblpo.py --method grpo", "iiblpo": "iiblpo.py", "ib_tpo": "
 SETTINGS = {"long": "--max_tokens 1600000", "habit0": "--habit 0",
             "habit0.5": "--habit 0.5", "habit0.9": "--habit 0.9"}
 ABLATIONS = {
-    "iiblpo_no_latents": "iiblpo.py --branch_mode random", "iiblpo_same_latent": "test_iiblpo.py",
+    "iiblpo_all_kept": "iiblpo.py --keep 1", "iiblpo_random_share": "test_iiblpo.py random_share",
+    "iiblpo_top_n": "test_iiblpo.py top_n", "iiblpo_no_latents": "iiblpo.py --branch_mode random",
+    "iiblpo_same_latent": "test_iiblpo.py same_latent",
+    "iiblpo_constant_gamma": "test_iiblpo.py constant_gamma",
     "iiblpo_no_decay": "iiblpo.py --psa_halflife 1e9",
-    "iiblpo_filter": "iiblpo.py --keep 0.75 --beta 4",
-    "iiblpo_no_self_reward": "iiblpo.py --kappa 0",
+    "iiblpo_no_self_reward": "iiblpo.py --kappa 0", "ib_tpo_visits": "test_iiblpo.py visits",
     "ib_tpo_lambda0": "ib_tpo.py --lam 0", "ib_tpo_paper": "ib_tpo.py --beta 5 --lam 0.1",
     "ib_tpo_independent": "ib_tpo.py --sampler independent",
     "ib_tpo_random": "ib_tpo.py --sampler random", "ib_tpo_entropy": "ib_tpo.py --sampler entropy",
@@ -2463,6 +2465,41 @@ def steer_the_update_too(set_attribute=setattr):
 
     set_attribute(m, "sample", sample_and_note)
     set_attribute(m, "token_logps", steered_logps)
+
+def keep_gamma():
+    """Patch iiblpo.py so that γ does not fall over the run."""
+    m.set_schedule = tpo.set_schedule
+
+def score_at_random():
+    """Patch iiblpo.py so that the filter keeps the same share, drawn at random."""
+    def set_scores(model, tokenizer, candidates, config):
+        for t in candidates:
+            t.score = torch.rand(()).item()
+
+    m.set_scores = set_scores
+
+def keep_the_best():
+    """Patch iiblpo.py so that the filter keeps the wrong branches, too, of highest S_IB."""
+    set_scores = m.set_scores
+
+    def set_scores_of_wrong_ones_upside_down(model, tokenizer, candidates, config):
+        set_scores(model, tokenizer, candidates, config)
+        for t in candidates:
+            t.score *= 1 if t.reward else -1
+
+    m.set_scores = set_scores_of_wrong_ones_upside_down
+
+def count_visits():
+    """Patch ib_tpo.py so that the IB-Score counts a child as often as it was visited."""
+    insert = tpo.insert
+
+    def insert_and_count(root, *trajectory):
+        leaf = insert(root, *trajectory)
+        for node in root.walk():
+            node.drawn = node.visits
+        return leaf
+
+    tpo.insert = insert_and_count
 
 def final(out):
     return json.loads(Path(out, "summary.json").read_text())["after"]
@@ -2656,6 +2693,11 @@ def test_twenty_kills_lose_nothing(folder, script, flags):
         assert background(script, *flags, "--out", out, *resume).wait() == 0
         assert metrics(out) == metrics("whole") and final(out) == final("whole")
 
+# Variants that no flag offers: `python test_iiblpo.py VARIANT FLAGS` patches a script and runs it
+VARIANTS = {"same_latent": steer_the_update_too, "constant_gamma": keep_gamma, "top_n": keep_the_best,
+            "random_share": score_at_random, "visits": count_visits}
+
 if __name__ == "__main__":
-    steer_the_update_too()
-    m.main()
+    name = sys.argv.pop(1)
+    VARIANTS[name]()
+    (tpo if name == "visits" else m).main()
