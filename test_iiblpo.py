@@ -2694,8 +2694,8 @@ def test_twenty_kills_lose_nothing(folder, script, flags):
         assert metrics(out) == metrics("whole") and final(out) == final("whole")
 
 # Variants that no flag offers: `python test_iiblpo.py VARIANT FLAGS` patches a script and runs it
-VARIANTS = {"same_latent": steer_the_update_too, "constant_gamma": keep_gamma, "top_n": keep_the_best,
-            "random_share": score_at_random, "visits": count_visits}
+VARIANTS = {"same_latent": steer_the_update_too, "constant_gamma": keep_gamma,
+            "top_n": keep_the_best, "random_share": score_at_random, "visits": count_visits}
 
 if __name__ == "__main__":
     name = sys.argv.pop(1)
