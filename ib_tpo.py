@@ -362,7 +362,7 @@ def ib_covariance(node, beta):
     return torch.cov(eta.T, correction=0, fweights=drawn)[0, 1].item()
 
 def select_nodes(root, k, sampler, config, rng):
-    """Return the k nodes to branch from; a node must have children.
+    """Return the k nodes to branch from; a node must have children, and room for a token more.
 
     ib: those of highest J_IB; random: any, as in RandTree. [P]
     entropy: those before the step with the highest H_t, where EPTree branches inside a step, at the
@@ -370,7 +370,7 @@ def select_nodes(root, k, sampler, config, rng):
     Both take the nodes that were branched from least often first. [O]
     If there are fewer than k nodes, they are repeated.
     """
-    nodes = [n for n in root.walk() if n.children]
+    nodes = [n for n in root.walk() if n.children and n.end < config.max_new_tokens]
     if sampler == "ib":
         nodes.sort(key=lambda n: -ib_score(n, config.beta))
     elif sampler == "entropy":
