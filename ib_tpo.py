@@ -117,7 +117,7 @@ class Config:
     # The tree
     prompts_per_step: int = setting(16, "prompts per step, with a tree each", "1..")
     tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts, then L - 1 rounds, "
-                              "each with B continuations of K nodes; 12 responses in all", "1..")
+                              "each with B continuations of K nodes (by default 12 in all)", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
         "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: each step in turn; "
         "entropy: before the step of highest token entropy; independent: nowhere")
@@ -523,11 +523,12 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
             micro = [minibatch[row] for row in rows]
             with recompute_layers(model, config):
                 loss, means = trees_loss(model, micro, config, reference)
-            share_of_tokens = trajectory_tokens(micro) / tokens
+            trained = trajectory_tokens(micro)
+            share_of_tokens = trained / tokens
             (share_of_tokens * loss).backward()  # the micro-batches add up to the minibatch's mean
             sums["loss"] += share_of_tokens * loss.item() / config.updates_per_step
             sums["tokens_unique"] += sum((pack["weights"] > 0).sum().item() for pack in micro)
-            add_means(sums, means, trajectory_tokens(micro))
+            add_means(sums, means, trained)
         if sum(gather([len(minibatch)])) > 0:  # else AdamW would step by its momentum alone
             norm = take_step(model, optimizer, config)
     return total_means(sums) | {"grad_norm": norm}

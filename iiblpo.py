@@ -948,8 +948,7 @@ def show(config):
     """Print how a held-out problem is explored.
 
     To see a trained policy, give --model RUN/model, and for a tiny one --config tiny_config.yaml as
-    well. The latents are trained anew,
-    because RUN/model holds the policy alone.
+    well. The latents are trained anew, because RUN/model holds the policy alone.
     """
     training, heldout = load_problems(config)  # first: a mistyped data set shows sooner
     model, tokenizer = load_policy(config)
