@@ -4,33 +4,38 @@
 # ///
 """IB-TPO: Information Bottleneck Driven Tree-based Policy Optimization (arXiv 2605.28109).
 
-    python ib_tpo.py
-    python ib_tpo.py --sampler entropy --out runs/entropy
-    python ib_tpo.py --model Qwen2.5-0.5B
+    python ib_tpo.py                                        # a tiny policy, on a laptop
+    python ib_tpo.py --sampler entropy --out runs/entropy   # the same, branching elsewhere
+    python ib_tpo.py --model Qwen2.5-0.5B                   # a real model, on one GPU
 
-The first trains a tiny policy on a laptop, the second does so with another sampler, the third
-trains a real model on one GPU. Every field of `Config` is a flag. A `training_step` does this:
+Every field of `Config` is a flag. A `training_step` does this:
 1. Sample a few rollouts per prompt, and split them into reasoning steps: `sample`, `split_steps`.
 2. Insert them into a tree, which counts how often each step led to a right answer: `insert`.
-3. Round by round, continue the nodes of highest IB-Score: `grow`, `select_nodes`, `ib_score`.
+3. Round by round, sample on from the nodes of highest IB-Score: `grow`, `select_nodes`, `ib_score`.
 4. Give each step its advantage, from that tree: `step_advantages`.
 5. Take a clipped policy-gradient step on the packed trees: `pack_tree`, `update_on_trees`.
 
-The sections: Config and Trajectory; the tree; the IB-Score; advantages; the update; the training
-step; the run; the reference policy, log-probabilities of packed trees, the self-check and --show;
-supporting code, which iiblpo.py repeats word for word: sampling, the policy, problems, the tiny
-task, the verifier, evaluation, files. Look a function of it up when the method calls it.
+The sections, in order:
+    Config, Trajectory
+    The tree. The IB-Score. Advantages. The update. The training step. The run.
+    The reference policy; log-probabilities of packed trees; the self-check; --show
+    Supporting code, repeated word for word in iiblpo.py: sampling, the policy, problems, the tiny
+    task, the verifier, evaluation, files
+Read as far as The run, and look up the functions after it when the method calls them.
 
-Left out: vLLM, sharded models, rewards other than right or wrong. The paper has temperature 0.7,
-top-p 0.95, top-k 20, 2k tokens and DAPO-Math-17K. Here responses are sampled at temperature 1 and
-without truncation, so that ln π is the log-probability they were drawn with, and the defaults are
-1,024 tokens and GSM8K. [O]
+Left out: vLLM, sharded models, rewards other than right or wrong.
+Ours differ from the paper's: [O]
+                   the paper                                  here
+    sampling       temperature 0.7, top-p 0.95, top-k 20      temperature 1, no truncation, so that
+                                                              ln π is that of the draw
+    by default     2k tokens, DAPO-Math-17K                   1,024 tokens, GSM8K
 
 Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
-we could not read its text; [O] our own choice; other marks name their source. Shapes: B rows,
-T tokens of a response or of a step, S tokens of a packed tree, V vocabulary, H width; B₀, L, K, B
-are the numbers of `Config.tree`, and a* is the right answer. Entropies and log-probabilities are in
-nats.
+we could not read its text; [O] our own choice. Other marks name their source.
+
+Shapes: N rows, T tokens of a response or of a step, S tokens of a packed tree, V vocabulary,
+H width. B₀, L, K, B are the numbers of `Config.tree`, and a* is the right answer. Entropies and
+log-probabilities are in nats.
 """
 import contextlib
 import copy
@@ -76,8 +81,8 @@ huggingface_hub.utils.enable_progress_bars()  # for downloads, the one library s
 def setting(default, help, allowed=None):
     """Return a field of `Config`.
 
-    `allowed` is the range of its numbers, such as "0..1" or "1..": --help prints it after the flag
-    (it is argparse's `metavar`), and `parse_config` checks it.
+    `allowed`, such as "0..1" or "1..", is the range of its numbers: --help prints it after the
+    flag, and `parse_config` checks it.
     """
     metadata = {"metavar": allowed} if allowed else None
     if isinstance(default, list):
@@ -89,13 +94,12 @@ def setting(default, help, allowed=None):
 class Config:
     """All settings. Each is a command-line flag, and can be set in a YAML file, too.
 
-    The defaults are for a real model. Where no --model is given, tiny_config.yaml replaces them.
+    The defaults are for a real model. For the tiny one, tiny_config.yaml replaces them.
     """
     # The run
     model: str = setting("tiny", "a name of the hub such as Qwen2.5-0.5B, a folder, or tiny")
     method: Literal["ib_tpo", "grpo"] = setting(
-        "ib_tpo", "ib_tpo; or grpo: independent rollouts, one advantage per response (a step that "
-        "responses share gets the mean of theirs)")
+        "ib_tpo", "the method, or the baseline: independent rollouts, an advantage per response")
     max_steps: int = setting(200, "largest number of training steps", "1..")
     max_tokens: int = setting(0, "sampled tokens after which the run stops (0: no limit)", "0..")
     seed: int = setting(0, "seed of problems and sampling", "0..")
@@ -111,23 +115,23 @@ class Config:
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
                           "\\boxed{}.", "what the policy is asked, with {question} in it")
     operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "2..")
-    habit: float = setting(0.75, "chain: share of the demonstrated lines that reduce the leftmost "
+    habit: float = setting(0.75, "chain: chance that a demonstrated line reduces the leftmost "
                            "operator by habit", "0..1")
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # The tree
     prompts_per_step: int = setting(16, "prompts per step, with a tree each", "1..")
-    tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts, then L - 1 rounds, "
-                              "each with B continuations of K nodes (by default 12 in all)", "1..")
+    tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts, then L - 1 times B "
+                              "continuations of each of the K best nodes", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
-        "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: each step in turn; "
-        "entropy: before the step of highest token entropy; independent: nowhere")
+        "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: the shallowest "
+        "nodes; entropy: before the step of highest token entropy; independent: nowhere")
     rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
                             "tree has)", "0..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
-    beta: float = setting(5.0, "beta: weight of what a step says about the answer (above 0)", "0..")
+    beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0.001..")
     # Update
     advantage: Literal["gl+ib", "gl", "ib", "grpo", "treerl"] = setting(
         "gl+ib", "gl+ib: A_GL + lam A_IB; gl, ib: one of the two; grpo, treerl: those of baselines")
@@ -135,11 +139,12 @@ class Config:
     lr: float = setting(1e-6, "learning rate of AdamW", "0..")
     updates_per_step: int = setting(1, "minibatches per batch, one optimizer step each; with 1, "
                                     "all ratios are 1", "1..")
-    clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ...", "0..1")
-    clip_high: float = setting(0.2, "... and to 1 + clip_high", "0..")
+    clip_low: float = setting(0.2, "lower clip: the ratio is clipped at 1 - clip_low", "0..1")
+    clip_high: float = setting(0.2, "upper clip: at 1 + clip_high", "0..")
     kl: float = setting(0.001, "weight of the KL to the frozen starting policy", "0..")
     max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped", "0..")
-    micro_tokens: int = setting(4096, "tokens of a training pass; a larger tree goes alone", "1..")
+    micro_tokens: int = setting(4096, "largest training pass, in tokens; a larger tree is a pass "
+                                "of its own", "1..")
     recompute: bool = setting(True, "run layers again in the backward pass, to save memory")
     # Evaluation
     eval_prompts: int = setting(256, "held-out problems", "1..")
@@ -154,8 +159,6 @@ class Config:
             fail("tree must be four numbers, B0 L K B")
         if not self.delimiter:
             fail("delimiter must not be empty")
-        if self.beta == 0:
-            fail("beta must be above 0")
         if "{question}" not in self.prompt:
             fail("prompt must contain {question}")
         if len(self.operands) != 2 or self.operands[0] > self.operands[1]:
@@ -170,7 +173,7 @@ class Config:
 
 @dataclass(eq=False)  # compared and hashed by identity, so that one can be a key
 class Trajectory:
-    """A problem, with a response to it that is complete, cut off, only begun, or still empty."""
+    """A problem and a response to it, which is empty as long as nothing was sampled."""
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
@@ -178,7 +181,7 @@ class Trajectory:
     response: list[int] = field(default_factory=list)  # T tokens; the last is EOS unless cut off
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of each token o_t, recorded in sampling
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, of the distribution that o_t was drawn from
-    start: int = 0  # its own tokens are response[start:]; those before came with its prefix
+    start: int = 0  # response[start:] are its own tokens; those before were its prefix
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
@@ -188,20 +191,21 @@ class Trajectory:
 
 
 # ==== IBTree: a tree of reasoning steps
+# A node is a step. Trajectories that begin with the same steps share nodes.
 #   p̂(a*|s) = mean reward of the trajectories through step s; a* is the right answer         [P]
 #   B₀ rollouts, then L - 1 rounds: B continuations of each of the K nodes of highest IB-Score  [P]
 #   G = B₀ + (L - 1) K B trajectories; siblings of the same tokens are one node              [O]
 
 @dataclass(eq=False)  # compared and hashed by identity, so that one can be a key
 class Node:
-    """A step s, whose ancestors are the steps before it. The root holds the prompt q."""
+    """A step s, whose ancestors are the steps before it. The root's tokens are the prompt q."""
     tokens: list[int]
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of the step's tokens
     entropy: torch.Tensor = torch.zeros(0)  # [T]
     parent: "Node" = None
     children: list["Node"] = field(default_factory=list)
     visits: int = 0  # trajectories through this step
-    drawn: int = 0  # of these, those that sampled this step rather than got it in their prefix
+    drawn: int = 0  # of these, those that sampled this step; the others had it in their prefix
     total_reward: float = 0.0  # summed over the visits, each 0 or 1
     end: int = 0  # number of response tokens up to the end of this step
     branched: int = 0  # how often it was branched from
@@ -215,7 +219,7 @@ class Node:
     def confidence(self):
         """Return η₂, the geometric mean of the step's token probabilities. [O]
 
-        The paper has π(s), their product, which would be near 0 for long steps.
+        The paper has π_ref(s), and their product, which would be near 0 for long steps.
         """
         return self.logps.mean().exp().item()
 
@@ -239,14 +243,14 @@ def split_steps(token_ids, tokenizer, delimiter):
     """Return the steps s_1 ... s_n of a response, lists of tokens.
 
     A step ends with the token that completes a delimiter, in the paper "\\n\\n". [P] What follows
-    the last delimiter is the last step. With the delimiter "\\n",
-    "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1" (a response of the tiny task, which is modulo 10).
+    the last delimiter is the last step. Blank lines belong to the step that comes after them. [O]
+    In the tiny task, where the delimiter is "\\n", "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
     """
     texts = {token: tokenizer.decode(token, skip_special_tokens=True) for token in set(token_ids)}
     steps, text = [[]], ""
     for token in token_ids:
         steps[-1].append(token)
-        text += texts[token]
+        text = (text + texts[token]).lstrip()  # a step that is still blank does not end
         if delimiter in text:
             steps.append([])
             text = ""
@@ -255,8 +259,8 @@ def split_steps(token_ids, tokenizer, delimiter):
 def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
     """Add a trajectory to its tree; return its leaf.
 
-    steps: lists of tokens; step_logps, step_entropy: a [T] for each; reward: 0 or 1. The first
-    `start` tokens of the trajectory came with its prefix; the steps after them it drew itself.
+    steps: lists of tokens; step_logps, step_entropy: a [T] for each; reward: 0 or 1. Steps that
+    begin before token `start` of the response were in the trajectory's prefix.
     """
     path = [root]
     for i, tokens in enumerate(steps):
@@ -268,7 +272,7 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
             if step_entropy is not None:
                 child.entropy = step_entropy[i]
             parent.children.append(child)
-        if parent.end >= start:
+        if parent.end >= start:  # the step was sampled by this trajectory
             child.drawn += 1
         path.append(child)
     for node in path:
@@ -277,15 +281,15 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
     return path[-1]
 
 def prefix_at(node, problem):
-    """Return the problem with the steps down to a node as its response, to be continued."""
+    """Return a trajectory whose response is the steps down to a node, to be continued."""
     path = node.path()
-    # The problem's logps and entropy are empty; `cat` needs them at the root, whose path is empty
+    # The problem's logps and entropy are empty. At the root, `cat` has nothing else
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
                    entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
 
 def extend_trees(model, tokenizer, roots, prefixes, config):
-    """Sample on from the prefixes, insert the trajectories into their trees, and return them."""
+    """Sample continuations of the prefixes, insert them into their trees, and return them."""
     new = sample(model, tokenizer, prefixes, config)
     assign_rewards(new, config)
     for t in new:
@@ -298,8 +302,7 @@ def extend_trees(model, tokenizer, roots, prefixes, config):
 def grow(model, tokenizer, problems, config, rng):
     """Grow an IBTree per problem; return ({group: root}, all trajectories that were sampled). [P]
 
-    One `sample` per round serves all trees. It computes prompts and prefixes anew, because no KV
-    cache is kept from round to round. [O]
+    Each round is one `sample` call for all trees. No KV cache is kept from round to round. [O]
     """
     B0, L, K, B = config.tree
     if config.sampler == "independent":
@@ -318,22 +321,23 @@ def grow(model, tokenizer, problems, config, rng):
     return roots, trajectories
 
 # ==== IB-Score: where to branch
-#   J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H           [P]
-#           = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
-#   J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b), over the n sub-steps s_b sampled at v       [P]
-#   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β), v the parent of s         [P]
+# v is a node, s a child of v.
+#   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H       [P]
+#               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
+#   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b), over the n sub-steps s_b sampled at v   [P]
+#   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
 #   confidence        η₂(s) = π(s)                                                     [P]
-# Our reconstruction of how the second line follows from the first: [O]
+# Our reconstruction of how (2) follows from (1): [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   the mean of 1 - π(s) over s ~ π(s|a*,v), by Bayes
-#   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as the above does
-# So the approximation follows only if H(s|a*,v) is the cross term 1 - Σ_s π(s|a*,v) π(s). The Gini
-# entropy that the first line names would be 1 - Σ_s π(s|a*,v)². With the geometric mean for π(s),
-# the code keeps the form of the approximation, but not its derivation.
-# How to read the score: as long as nothing was continued from below v, its children's mean η₁ is
-# -1/β, so that J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). The first term is high where the more
-# confident children gain more, the second where confidence is low. With one child, or with children
-# that are all right, only the second is left.
+#   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as (2) does
+# So (2) follows only if H(s|a*,v) is a cross-entropy, 1 - Σ_s π(s|a*,v) π(s). With the Gini entropy
+# that (1) names, 1 - Σ_s π(s|a*,v)², it does not. With the geometric mean for π(s), the code keeps
+# the form of (2), but not its derivation.
+# How to read the score: if nothing was continued from below v yet, its children's mean η₁ is -1/β,
+# so that J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So J_IB is high where the confident children
+# are better than the others, and where confidence is low. With one child, or with children that are
+# all right, only the latter counts. The smaller β, the more it counts.
 
 def information_gain(node, beta):
     """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
@@ -345,8 +349,8 @@ def information_gain(node, beta):
 def ib_score(node, beta):
     """Return J_IB of a node with children.
 
-    A child counts once per trajectory that sampled it. Trajectories that were continued from it, or
-    from below it, got it in their prefix, and do not count.
+    Its children are weighted by how often they were sampled there. Visits by trajectories that had
+    the child in their prefix do not count.
     """
     drawn = sum(s.drawn for s in node.children)  # n
     total = sum(s.drawn * information_gain(s, beta) * s.confidence for s in node.children)
@@ -357,18 +361,22 @@ def ib_covariance(node, beta):
 
     In the paper's GRPO runs it falls to zero in the course of training. [P]
     """
-    drawn = torch.tensor([s.drawn for s in node.children])
-    eta = torch.tensor([[information_gain(s, beta), s.confidence] for s in node.children])
-    return torch.cov(eta.T, correction=0, fweights=drawn)[0, 1].item()
+    n = sum(s.drawn for s in node.children)
+    gain = {s: information_gain(s, beta) for s in node.children}  # η₁
+    mean_gain = sum(s.drawn * gain[s] for s in node.children) / n
+    return sum(s.drawn * (gain[s] - mean_gain) * s.confidence for s in node.children) / n
 
 def select_nodes(root, k, sampler, config, rng):
     """Return the k nodes to branch from; a node must have children, and room for a token more.
 
-    ib: those of highest J_IB; random: any, as in RandTree. [P]
-    entropy: those before the step with the highest H_t, where EPTree branches inside a step, at the
-    token of highest -ln π. fixed: in order of depth, where TreePO branches every so many tokens.
-    Both take the nodes that were branched from least often first. [O]
-    If there are fewer than k nodes, they are repeated.
+        ib       those of highest J_IB                                                         [P]
+        random   any, as RandTree does                                                         [P]
+        entropy  those before the step with the highest H_t                                    [O]
+        fixed    the shallowest ones                                                           [O]
+
+    `entropy` is in place of EPTree, which branches inside a step, at the token of highest -ln π.
+    `fixed` is in place of TreePO, which branches every so many tokens. Both first take the nodes
+    that were branched from least often. If there are fewer than k nodes, they are repeated.
     """
     nodes = [n for n in root.walk() if n.children and n.end < config.max_new_tokens]
     if sampler == "ib":
@@ -382,15 +390,15 @@ def select_nodes(root, k, sampler, config, rng):
     return (nodes * k)[:k]
 
 # ==== Step-level advantages
-#   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards, 0 where that is 0        [P]
+#   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards (0 if that is 0)          [P]
 #   A_IB(s) = η₁(s) η₂(s)                                                          [P]
 #             the paper has π_ref in η₂; here it is the policy that sampled        [O]
 #   A(s) = A_GL(s) + λ A_IB(s)                                                     [P]
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. [O]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So at ratio 1,
-# A_GL on the tree is GRPO on its trajectories. But these are not independent draws of the policy:
-# prefixes that were chosen by outcome are over-represented, which biases p̂ of what lies above. [O]
+# A_GL on the tree is GRPO on its trajectories. These are not independent draws of the policy,
+# however. Prefixes were chosen by their outcome, which biases p̂ of the steps above them. [O]
 
 def step_advantage(node, root, config):
     """Return A(s) of the kind that config.advantage names.
@@ -414,7 +422,7 @@ def step_advantages(root, config):
 # ==== Update on packed trees
 #   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL                                        [P]
 #          mean_t is over all tokens of the G trajectories, so that a shared token counts once
-#          for each of them; r_t is bounded by 3 where A < 0                                 [O]
+#          for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0                   [O]
 # Steps that trajectories share are run once. The tree lies depth-first in one sequence. There a
 # token sees its ancestors and itself, its position is its depth, and its weight is the number of
 # trajectories through it. The gradient is that of G separate rows with the advantages A(s). [O]
@@ -422,19 +430,17 @@ def step_advantages(root, config):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return the clipped part of the loss, and statistics: the mean ratio, the share of tokens cut.
 
-    logp, old_logp: [B, T]; in iiblpo.py advantages: [B], mask: [B, T]; in ib_tpo.py a T is a packed
-    tree, advantages are [B, T], and the weights of its tokens are the mask. PPO's clip leaves r_t
-    unbounded where A < 0; there the dual clip bounds it [arXiv 1912.09729]. A token is cut where
-    one of the bounds makes its gradient 0.
+    logp, old_logp, mask: [B, T]; advantages: [B] of responses, or [B, T] of tokens. The mask may
+    hold weights. Where A < 0, PPO's clip leaves r_t unbounded, and the dual clip bounds it by 3.
+    [arXiv 1912.09729] A token is cut where one of the bounds makes its gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
-    cut_if_positive = ratio > 1 + config.clip_high
-    cut_if_negative = (ratio < 1 - config.clip_low) | (ratio > 3.0)
-    cut = torch.where(advantages > 0, cut_if_positive, cut_if_negative & (advantages < 0))
+    cut = torch.where(advantages > 0, ratio > 1 + config.clip_high,
+                      (ratio < 1 - config.clip_low) | (ratio > 3.0)) & (advantages != 0)
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
@@ -442,48 +448,42 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def pack_tree(root, advantages):
     """Pack a tree into one sequence of S tokens: the prompt, then every step exactly once.
 
-    Return input_ids and these tensors, all [S] but the last:
+    Return input_ids and these tensors, all [S]:
 
-        previous        index of the token before it in its trajectory, whose state predicts it
-        weights         number of trajectories through it, 0 for the prompt
-        advantages      A(s) of its step, 0 for the prompt
-        logps           ln π_old, 0 for the prompt
-        attention_mask  [S, S], true where a row's token sees a column's
+        previous    index of the token before it in its trajectory, whose state predicts it
+        weights     number of trajectories through it, 0 for the prompt
+        advantages  A(s) of its step, 0 for the prompt
+        logps       ln π_old, 0 for the prompt
 
-    A prompt q with children a and b, and a child c of a, packs to
-        q a c b         q sees q; a sees q a; c sees q a c; b sees q b
-        0 1 2 1         the positions, if each has one token
+    If a prompt q has the children a and b, and a has the child c, each of one token, then
+        q a c b     is the sequence: depth first
+        - 0 1 0     is `previous`, so that q sees q; a sees q a; c sees q a c; b sees q b
+        0 1 2 1     are the positions
     """
     nodes = root.walk()
     last = {}  # node: index of its last token
-    S = sum(len(node.tokens) for node in nodes)
-    mask = torch.zeros(S, S, dtype=torch.bool)
-    previous = torch.arange(S) - 1
+    previous = torch.arange(sum(len(node.tokens) for node in nodes)) - 1
     begin = 0
     for node in nodes:
-        end = begin + len(node.tokens)
         if node.parent:
             previous[begin] = last[node.parent]
-            mask[begin:end] = mask[last[node.parent]]  # it sees what its parent sees
-        mask[begin:end, begin:end] = torch.ones(end - begin, end - begin).tril().bool()
-        last[node] = end - 1
-        begin = end
+        begin += len(node.tokens)
+        last[node] = begin - 1
     lengths = torch.tensor([len(node.tokens) for node in nodes])
     steps = nodes[1:]  # without the root, whose prompt has weight, advantage and ln π 0
     weights = torch.tensor([0.0] + [float(step.visits) for step in steps])
     A = torch.tensor([0.0] + [advantages[step] for step in steps])
     return {"input_ids": torch.tensor([token for node in nodes for token in node.tokens]),
-            "previous": previous.clamp(min=0),
+            "previous": previous.clamp(min=0),  # the first token of the prompt has none before it
             "weights": weights.repeat_interleave(lengths),
             "advantages": A.repeat_interleave(lengths),
-            "logps": torch.cat([torch.zeros(len(root.tokens))] + [step.logps for step in steps]),
-            "attention_mask": mask}
+            "logps": torch.cat([torch.zeros(len(root.tokens))] + [step.logps for step in steps])}
 
 def k3(logp, reference):
     """Return the k3 estimate of KL(π || π_ref) per token: r - 1 - ln r, r = π_ref / π. [GRPO]
 
-    Differentiated as here, and as in GRPO, its mean gradient on samples of π is that of
-    KL(π_ref || π).
+    Its mean over samples of π is KL(π || π_ref). Its gradient, taken as in GRPO, is on average that
+    of KL(π_ref || π).
     """
     return (reference - logp).exp() - 1 - (reference - logp)
 
@@ -508,7 +508,8 @@ def trees_loss(model, packs, config, reference):
 def update_on_trees(model, optimizer, roots, config, reference=None):
     """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
 
-    Trees whose advantages are all 0 count in the mean, but are run only if there is a KL.
+    Trees whose advantages are all 0 are run only if there is a KL. But their tokens count in the
+    mean that is the loss.
     """
     packs = [pack_tree(root, step_advantages(root, config)) for root in roots]
     sums = Counter(loss=0, tokens_trained=0, tokens_unique=0)
@@ -564,7 +565,7 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
 # ==== The run
 
 def set_up(config):
-    """Return what a run works with; a new run is evaluated here, before it trains."""
+    """Load all that a run works with, and evaluate a new run before it trains."""
     run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
     print_machine()
     training, heldout = load_problems(config)
@@ -607,8 +608,8 @@ def train(config):
         save_lines(run.folder / "metrics.jsonl", log)
         tokens += metrics["tokens_sampled"]
         run.done = share_done(len(log), tokens, config)
-        pace = (time.time() - began) / (run.done - done_before)  # seconds per whole run
-        left = pace * max(0, 1 - run.done)
+        seconds_per_run = (time.time() - began) / (run.done - done_before)
+        left = seconds_per_run * max(0, 1 - run.done)
         print_step(metrics, config, tokens, left)
     save_state(run.folder, run.state, run.parts)
 
@@ -647,9 +648,9 @@ def set_schedule(run, config):
 def check_policy(model, tokenizer, reference, problems, config):
     """Compare the ln π recorded in sampling with those of the row alone and of a packed tree. [O]
 
-    End the program with a one-line message for models that do not take positions and mask as given,
-    such as those with ALiBi or local attention, because their updates would be silently wrong. The
-    reference needs no check: it begins as a copy of the policy.
+    Models with ALiBi or local attention, for example, do not take positions and mask as given.
+    Their updates would be silently wrong, so the program ends with a one-line message. The
+    reference needs no check, because it begins as a copy of the policy.
     """
     torch.manual_seed(config.seed)
     ordered = sorted(problems, key=len)  # two short and two long prompts, so that there is padding
@@ -675,17 +676,18 @@ def tree_logps(model, packs):
     ids = pad([pack["input_ids"] for pack in packs]).to(DEVICE)
     previous = pad([pack["previous"] for pack in packs]).to(DEVICE)
     weights = pad([pack["weights"] for pack in packs]).to(DEVICE)
-    # Padding sees itself: if it saw nothing, it would be NaN
-    mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)
-    for square, pack in zip(mask, packs):
-        S = len(pack["input_ids"])
-        square[:S, :S] = pack["attention_mask"]
+    # Each token sees itself, which is all that padding sees, and what the token before it sees
+    mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)  # [B, S, S]
+    for sees, pack in zip(mask, packs):
+        for i, before in enumerate(pack["previous"].tolist()):
+            sees[i] |= sees[before]
     mask = mask.to(DEVICE)
     with autocast():
         states = model.base_model(input_ids=ids, attention_mask=mask[:, None], use_cache=False,
                                   position_ids=mask.sum(-1) - 1).last_hidden_state
         row, column = (weights > 0).nonzero(as_tuple=True)
-        logp, _ = head_logps(model, states[row, previous[row, column]], ids[row, column])
+        predictors = states[row, previous[row, column]]
+        logp, _ = head_logps(model, predictors, ids[row, column])
     zeros = torch.zeros(ids.shape, device=DEVICE)
     return zeros.index_put((row, column), logp), weights
 
@@ -729,7 +731,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: repository:configuration  # the columns read [a project that reads the same]
+HUB = {  # name: repository:configuration  # its columns [a project that reads the same ones]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -741,7 +743,7 @@ HUB = {  # name: repository:configuration  # the columns read [a project that re
 autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=BF16)
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
 
-# A bar appears for what takes longer than five seconds. In a log file it moves every 20 seconds.
+# Progress bars appear after five seconds. In a log file they move every 20 seconds.
 progress = functools.partial(tqdm, delay=5, mininterval=0.1 if sys.stderr.isatty() else 20,
                              leave=False, disable=RANK > 0)
 
@@ -753,13 +755,14 @@ def visible_mask(*args, **kwargs):
     """
     mask = sdpa_mask(*args, **kwargs)  # [B, 1, Q, C], or None where it is merely causal
     return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
+
 transformers.AttentionMaskInterface.register("sdpa", visible_mask)
 
 class Recorder(transformers.LogitsProcessor):
     """Draw each token of one `generate` call, and record its ln π and its entropy H_t.
 
     `generate` does not tell the log-probability of what it draws. So the token is drawn here, and
-    the logits that are handed back leave `generate` no other choice.
+    the logits that are handed back allow only this token.
     """
 
     def __init__(self, greedy, bar):
@@ -794,7 +797,7 @@ def token_entropy(logits):
     return -(logp.exp() * logp).sum(-1)
 
 def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
-    """Continue each of `prefixes`, a problem with an empty or a begun response; keep their order.
+    """Sample a continuation of each trajectory in `prefixes`; return them in the same order.
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
     they were drawn with. [O] steer(rows, column) returns a context manager that steers these rows
@@ -812,7 +815,8 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
         ids = pad(ids, padding_value=-1, padding_side="left").to(DEVICE)  # [B, width]
         width = ids.shape[1]
         recorder = Recorder(greedy, bar)
-        with autocast(), steer(rows, width - 1) if steer else contextlib.nullcontext():
+        steering = steer(rows, width - 1) if steer else contextlib.nullcontext()
+        with autocast(), steering:
             ids = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
                                  max_new_tokens=max(rooms[row] for row in rows),
                                  logits_processor=[recorder])
@@ -845,10 +849,10 @@ def head_logps(model, states, targets):
 
 @contextlib.contextmanager
 def recompute_layers(model, config):
-    """Let layers that run in the block keep only their input, if `config.recompute` is set.
+    """In the block, store only each layer's input for the backward pass, which runs it again.
 
-    The backward pass then runs them again. transformers offers this only in training mode, where
-    dropout would change ln π.
+    Without `config.recompute`, do nothing. The checkpointing of transformers needs training mode,
+    where dropout would change ln π.
     """
     layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
     for layer in layers if config.recompute else []:
@@ -891,9 +895,9 @@ def report_gaps(gaps):
              f"{bound}: the script does not fit this model or this release of transformers")
 
 def micro_batches(lengths, tokens):
-    """Group indices of similar lengths so that a group's size x its longest is at most `tokens`.
+    """Group the indices of rows so that in each group, rows x longest row is at most `tokens`.
 
-    A longer item is a group of its own. micro_batches([5, 9, 4], 10) -> [[1], [0, 2]]
+    A row that is longer is a group of its own. micro_batches([5, 9, 4], 10) -> [[1], [0, 2]]
     """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -958,7 +962,7 @@ def load_policy(config):
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(DEVICE)
-        # This reads tokenizer.json as it is. AutoTokenizer may put the family's own in its place.
+        # This reads tokenizer.json as it is. AutoTokenizer may take the family's own instead.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
     except Exception as e:  # whatever a hub, a network or a file raises
         fail(f"cannot load the model {name}: {with_cause(e)}")
@@ -1219,9 +1223,9 @@ def warm_start(config):
         labels[:, :len(problems[0].prompt)] = -100
         model(ids.to(DEVICE), labels=labels.to(DEVICE)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        pace = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)  # up, then down to 0
+        factor = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)  # up, then down to 0
         for optimizer, lr in (muon, 0.02), (adam, 0.003):
-            optimizer.param_groups[0]["lr"] = lr * pace
+            optimizer.param_groups[0]["lr"] = lr * factor
             optimizer.step()
             optimizer.zero_grad()
     save_policy(folder, model, tokenizer)
@@ -1339,7 +1343,7 @@ def operand(tokens):
 def expression(tokens, least=1):
     """Take an expression off `tokens`, up to the first operator that binds less than `least`.
 
-    Of 2*3+1 that is all of it at 1, and 2*3 at 2.
+    From 2*3+1 it takes all if `least` is 1, and 2*3 if it is 2.
     """
     value = operand(tokens)
     while OPERATORS.get(tokens[0], [0])[0] >= least:
@@ -1521,8 +1525,7 @@ def parse_config(script, argv):
 def save_atomically(path, write):
     """Let `write` make a file or folder beside `path`, then rename it: it is never half written.
 
-    End the program with a one-line message if the disk refuses; what `path` held before is then
-    still there.
+    End the program with a one-line message if the disk refuses.
     """
     if RANK > 0:
         return
@@ -1531,33 +1534,11 @@ def save_atomically(path, write):
         with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as temporary:
             new = Path(temporary, path.name)
             write(new)
-            old = Path(temporary, "old")  # it goes when `temporary` does
-            if path.is_dir():
-                path.replace(old)
-            try:
-                rename(new, path)
-            except OSError:
-                if old.exists():
-                    old.replace(path)
-                raise
+            if path.is_dir():  # a rename replaces a file, but not a folder
+                path.replace(Path(temporary, "old"))
+            new.replace(path)
     except Exception as e:  # whatever a disk or a library raises
         fail(f"cannot write {path}: {e}")
-
-def rename(new, path):
-    """Rename `new` to `path`, trying for a second.
-
-    Windows refuses while another program, such as a spreadsheet, has `path` open. metrics.jsonl
-    then stays as it is, because the next step writes all of it again.
-    """
-    for _ in range(5):
-        try:
-            return new.replace(path)
-        except PermissionError as e:
-            refusal = e
-            time.sleep(0.2)
-    if path.name != "metrics.jsonl":
-        raise refusal
-    print(f"{path} is open in another program and is written at the next step", flush=True)
 
 def save_policy(folder, model, tokenizer):
     """Save the policy and its tokenizer, for `from_pretrained`."""

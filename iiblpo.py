@@ -4,37 +4,42 @@
 # ///
 """I²B-LPO: Latent Policy Optimization via Iterative Information Bottleneck (arXiv 2601.05870).
 
-    python iiblpo.py
-    python iiblpo.py --method grpo
-    python iiblpo.py --model Qwen2.5-0.5B
+    python iiblpo.py                          # a tiny policy, on a laptop
+    python iiblpo.py --method grpo            # the same policy, by the GRPO baseline
+    python iiblpo.py --model Qwen2.5-0.5B     # a real model, on one GPU
 
-The first trains a tiny policy on a laptop, the second trains it by the GRPO baseline, the third
-trains a real model on one GPU. Every field of `Config` is a flag. A `training_step` does this:
+Every field of `Config` is a flag. A `training_step` does this:
 1. Sample M rollouts per prompt, and record the entropy H_t of each token: `sample`.
-2. Branch each rollout K times at a token where the policy was uncertain; each branch has its own
+2. Branch each rollout K times at a token where the policy was uncertain. Each branch has its own
    latent, which enters by pseudo self-attention: `branch`, `LatentCVAE`, `PseudoSelfAttention`.
-3. Score each response by what it tells about the answer, less what it carries over from the
+3. Score each response by what it tells about the answer, minus what it carries over from the
    prompt, and filter the branches by this score: `trajectory_ib_score`, `select_top_n`.
 4. Compare the rewards of all responses to the same prompt: `group_advantages`.
 5. Update the policy, without latents, by GRPO's loss and the IB self-reward: `update`.
 
-The sections: Config and Trajectory; stage 1, branching; stage 2, the information bottleneck; the
-update; the training step; the run; the latents' training and log-probabilities; the baselines,
---show and --probe_heads; supporting code, which ib_tpo.py repeats word for word: sampling, the
-policy, problems, the tiny task, the verifier, evaluation, files. Look a function of it up when the
-method calls it.
+The sections, in order:
+    Config, Trajectory
+    Stage 1: branching. Stage 2: the information bottleneck. The update. The training step. The run.
+    The latents' training; log-probabilities; the baselines; --show and --probe_heads
+    Supporting code, repeated word for word in ib_tpo.py: sampling, the policy, problems, the tiny
+    task, the verifier, evaluation, files
+Read as far as The run, and look up the functions after it when the method calls them.
 
-Left out: vLLM, sharded models, rewards other than right or wrong. Unlike those of the released
-code, latents learn to make the policy's own responses likelier. README.md has more differences.
+Left out: vLLM, sharded models, rewards other than right or wrong. In the released code a separate
+network learns the latents by reconstruction. Here they learn to make the policy's own responses
+likelier. README.md lists the other differences.
 
 Marks: [P] the paper's abstract, figures and tables; [P, reported] the paper's text as others report
-it, because we could not read the text itself; [C] the released code; [O] our own choice; other
-marks name their source. Shapes: B rows, T response tokens, V vocabulary, H width (H_t and H(...)
-are entropies), Z latent dimensions, D width of a head, P longest prompt of a batch, Q and C columns
-of queries and keys. All information is in nats.
+it, because we could not read the text itself; [C] the released code; [O] our own choice. Other
+marks name their source.
+
+Shapes: B rows, T response tokens, P longest prompt of a batch, V vocabulary, H width of the model,
+D width of a head, Z latent dimensions, Q queries, C keys. H_t and H(...) are entropies. All
+information is in nats.
 """
 import contextlib
 import functools
+import itertools
 import json
 import math
 import operator
@@ -77,8 +82,8 @@ huggingface_hub.utils.enable_progress_bars()  # for downloads, the one library s
 def setting(default, help, allowed=None):
     """Return a field of `Config`.
 
-    `allowed` is the range of its numbers, such as "0..1" or "1..": --help prints it after the flag
-    (it is argparse's `metavar`), and `parse_config` checks it.
+    `allowed`, such as "0..1" or "1..", is the range of its numbers: --help prints it after the
+    flag, and `parse_config` checks it.
     """
     metadata = {"metavar": allowed} if allowed else None
     if isinstance(default, list):
@@ -90,7 +95,7 @@ def setting(default, help, allowed=None):
 class Config:
     """All settings. Each is a command-line flag, and can be set in a YAML file, too.
 
-    The defaults are for a real model. Where no --model is given, tiny_config.yaml replaces them.
+    The defaults are for a real model. For the tiny one, tiny_config.yaml replaces them.
     """
     # The run
     model: str = setting("tiny", "a name of the hub such as Qwen2.5-0.5B, a folder, or tiny")
@@ -113,12 +118,13 @@ class Config:
     prompt: str = setting("{question}\nReason step by step and put your final answer within "
                           "\\boxed{}.", "what the policy is asked, with {question} in it")
     operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "2..")
-    habit: float = setting(0.75, "chain: share of the demonstrated lines that reduce the leftmost "
+    habit: float = setting(0.75, "chain: chance that a demonstrated line reduces the leftmost "
                            "operator by habit", "0..1")
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt of baselines; iiblpo: as many tokens", "1..")
+    rollouts: int = setting(8, "responses per prompt; iiblpo spends as many tokens on "
+                            "rollouts and branches", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
@@ -128,13 +134,14 @@ class Config:
     branch_mode: Literal["psa", "random"] = setting(
         "psa", "psa: each branch has its latent; random: branches differ by chance alone")
     top_frac: float = setting(0.05, "rho: share of a response's tokens, those of highest entropy, "
-                              "at which it may branch", "0..1")
+                              "one of which is t*", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
                                "the run", "0..")
-    psa_halflife: float = setting(8.0, "tokens after which the shift of the norms halves", "0..")
+    psa_halflife: float = setting(8.0, "tokens after which the shift of the norms halves",
+                                  "0.001..")
     z_dim: int = setting(128, "dimensions of the latent", "1..")
-    cvae_pairs: int = setting(512, "largest number of continuations to learn latents from", "1..")
+    cvae_pairs: int = setting(2048, "largest number of continuations to learn latents from", "1..")
     cvae_steps: int = setting(200, "training steps of the latents", "1..")
     # Stage 2: information bottleneck
     keep: float = setting(0.75, "share of a prompt's right branches that is kept, and likewise "
@@ -145,11 +152,11 @@ class Config:
     # Update
     lr: float = setting(1e-6, "learning rate of AdamW", "0..")
     updates_per_step: int = setting(1, "minibatches per batch, each with an optimizer step", "1..")
-    clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ...", "0..1")
-    clip_high: float = setting(0.2, "... and to 1 + clip_high (dapo: at least 0.28)", "0..")
+    clip_low: float = setting(0.2, "lower clip: the ratio is clipped at 1 - clip_low", "0..1")
+    clip_high: float = setting(0.2, "upper clip: at 1 + clip_high (dapo: at least 0.28)", "0..")
     entropy_bonus: float = setting(0.003, "entropy_reg: weight of the mean entropy", "0..")
     max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped", "0..")
-    micro_tokens: int = setting(4096, "size of one training pass: rows x longest row", "1..")
+    micro_tokens: int = setting(4096, "largest training pass, in tokens: rows x longest row", "1..")
     recompute: bool = setting(True, "run layers again in the backward pass, to save memory")
     # Evaluation
     eval_prompts: int = setting(256, "held-out problems", "1..")
@@ -161,7 +168,7 @@ class Config:
         if self.method == "dapo":
             self.clip_high = max(0.28, self.clip_high)  # clip-higher
         if self.method == "iiblpo" and self.rollouts <= self.initial:
-            fail("initial must be below rollouts: the tokens of the others pay for the branches")
+            fail("initial must be below rollouts, or no tokens are left for branches")
         if "{question}" not in self.prompt:
             fail("prompt must contain {question}")
         if len(self.operands) != 2 or self.operands[0] > self.operands[1]:
@@ -176,7 +183,7 @@ class Config:
 
 @dataclass(eq=False)  # compared and hashed by identity, so that one can be a key
 class Trajectory:
-    """A problem, with a response to it that is complete, cut off, only begun, or still empty."""
+    """A problem and a response to it, which is empty as long as nothing was sampled."""
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
@@ -184,7 +191,7 @@ class Trajectory:
     response: list[int] = field(default_factory=list)  # T tokens; the last is EOS unless cut off
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of each token o_t, recorded in sampling
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, of the distribution that o_t was drawn from
-    start: int = 0  # its own tokens are response[start:]; those before came with its prefix
+    start: int = 0  # response[start:] are its own tokens; those before were its prefix
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
@@ -204,40 +211,40 @@ class Trajectory:
 #   a latent per branch    z_1 ... z_K ~ p_ψ(z | c)                                    [P]
 #   their training         maximises the ELBO                                          [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
-#                          its decoder π is the policy itself, frozen and steered      [O]
-#                          its KL is halved, and free below 0.5 nats per dimension, so that the
-#                          decoder does not ignore z                                   [O]
+#                          the decoder π is the frozen policy, steered by z            [O]
+#                          its KL is halved, and free up to 2 nats in all, so that the decoder
+#                          does not ignore z                                           [O]
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V],  norms w' = w + w_z        [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = γ W_K z,  v_z = γ W_V z,  w_z = γ 2^(-age/half-life) W_N z      [O]
+#                          age is the number of tokens since t*                        [O]
 #                          γ falls linearly to 0 over the run: see set_schedule        [O]
-# The released code takes the position of highest H_t for t*. The paper's figure and the code keep
-# o_t* in c. Here each branch draws o_t* anew, because H_t* is the entropy of that choice. The
-# released code samples with top-p 0.9, whereas we do not truncate. [O]
-# Why γ falls over the run: the latents know the first policy only. At constant γ they steer the
-# later policy away from what it has learnt, and some runs of the tiny task lost their arithmetic.
+# The released code takes the position of highest H_t for t*. In that code and in the paper's figure
+# a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
+# The released code samples with top-p 0.9, whereas we do not truncate. [O]
+# Why γ falls over the run: the latents are trained once, on the first policy. At constant γ they
+# pull the improved policy back, and some runs of the tiny task lost their arithmetic.
 
 def branch_positions(entropy, mask, top_frac, generator=None):
-    """Draw t* of each response from its positions of highest entropy; return them, [B].
+    """Return a branching position t* for each response, [B]; entropy, mask: [B, T].
 
-    entropy, mask: [B, T]. Candidates are all positions in the mask except the first, because a
-    branch at the first is a rollout anew. The position of EOS is a candidate, too. [C] Of n
-    candidates the floor(ρ n) of highest entropy, at least one, form Ω. A response without
-    candidates has t* = 0.
+    t* is drawn from Ω: of the n positions in the mask, without the first, the floor(ρ n) of highest
+    entropy, but at least one. The first is left out because a branch there would be one more
+    rollout. The position of EOS counts. [C] A response without such positions has t* = 0.
     """
-    positions = torch.zeros(len(entropy), dtype=torch.long)
+    chosen = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
-        candidates = mask[row].nonzero().squeeze(1)[1:]
-        if len(candidates) > 0:
-            size = max(1, int(top_frac * len(candidates) + 1e-9))  # 0.29 * 100 is 28.99...
-            omega = candidates[entropy[row, candidates].topk(size).indices]
-            positions[row] = omega[torch.randint(size, (1,), generator=generator)]
-    return positions
+        positions = mask[row].nonzero().squeeze(1)[1:]
+        if len(positions) > 0:
+            size = max(1, int(top_frac * len(positions) + 1e-9))  # 1e-9 is for rounding errors
+            omega = positions[entropy[row, positions].topk(size).indices]
+            chosen[row] = omega[torch.randint(size, (1,), generator=generator)]
+    return chosen
 
 def prefixes_to_branch(parents, config):
-    """Draw t* of each response; return its prefix c = (q, o_<t*), from which a branch goes on."""
+    """Draw t* of each response; return its prefix c = (q, o_<t*), which a branch continues."""
     entropy = pad([t.entropy for t in parents], padding_value=-1)
-    mask = entropy >= 0  # only the padding is negative
+    mask = entropy >= 0  # entropies are not negative, so these are the tokens
     positions = branch_positions(entropy, mask, config.top_frac).tolist()
     return [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], start=n,
                     is_branch=True) for t, n in zip(parents, positions)]
@@ -245,9 +252,9 @@ def prefixes_to_branch(parents, config):
 class LatentCVAE(torch.nn.Module):
     """The prior p_ψ(z | c) and the posterior q_φ(z | c, o_>=t*) of a conditional VAE. [P]
 
-    Both are three-layer MLPs that give diagonal Gaussians. [C]
-    They see e(c) and e(o_>=t*), [B, H]: the policy's mean last hidden states of prefix and
-    continuation, where the released code has a DeBERTa encoder. [O]
+    Both are three-layer MLPs that give diagonal Gaussians. [C] Their inputs e(c) and e(o_>=t*),
+    [B, H], are the policy's mean last hidden states of prefix and continuation. The released code
+    has a DeBERTa encoder. [O]
     """
 
     def __init__(self, width, z_dim):
@@ -280,11 +287,11 @@ class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
     It enters the last four layers, and its maps are initialised with std 0.01. [C]
-    Each layer has its own linear maps. The key k_z is not rotated, as if at RoPE position 0. Let
-    `born` be the column whose state predicts o_t*, and age = column - born. Only columns of
-    age >= 0 attend to the latent's slot, and only their norms are shifted. [O]
-    A small γ does not make the slot vanish: a key near zero still takes attention. Only at γ = 0 is
-    there no slot.
+    Each layer has its own linear maps. The key k_z gets no rotary embedding. Let `born` be the
+    column whose state predicts o_t*, so that a column's age is column - born. Columns before it see
+    neither the latent's slot nor the shifted norms. [O]
+    The slot takes attention even if γ is small, because a key near zero still has a weight. It is
+    removed only at γ = 0.
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
 
@@ -292,7 +299,7 @@ class PseudoSelfAttention(torch.nn.Module):
         super().__init__()
         layers = model.base_model.layers[-config.psa_layers:]
         kv_heads, head_dim = model.config.num_key_value_heads, layers[0].self_attn.head_dim
-        self.slot_shape = (len(layers), kv_heads, 1, head_dim)  # of a row's k_z, and of its v_z
+        self.slot_shape = (len(layers), kv_heads, 1, head_dim)  # a key, or value, per kv-head
         width = len(layers) * model.config.hidden_size
         size = math.prod(self.slot_shape)
         self.to_key = torch.nn.Linear(config.z_dim, size, bias=False)  # W_K
@@ -301,28 +308,28 @@ class PseudoSelfAttention(torch.nn.Module):
         for weight in self.parameters():
             torch.nn.init.normal_(weight, std=0.01)
         self.gamma = config.psa_gamma
-        self.halflife = max(config.psa_halflife, 1e-9)
+        self.halflife = config.psa_halflife
         self.steering = False
         transformers.AttentionInterface.register("psa", psa_attention)
         transformers.AttentionMaskInterface.register("psa", visible_mask)
         model.set_attn_implementation("psa")
         model.get_input_embeddings().register_forward_hook(self.count_columns)
         for i, layer in enumerate(layers):
-            layer.self_attn.psa = (self, i)  # a tuple: torch would make a bare module a submodule
+            layer.self_attn.psa = (self, i)  # in a tuple, or torch would make psa a submodule
             layer.input_layernorm.register_forward_hook(functools.partial(self.modulate, i))
 
     @contextlib.contextmanager
     def steer(self, z, born):
         """Let z[i] steer row i of the model's input in this block, from column born[i] on.
 
-        z: [B, Z], born: [B]. With γ = 0 the model is exactly what it was.
+        z: [B, Z], born: [B]. With γ = 0 nothing is steered.
         """
         z = self.gamma * z
         self.keys = self.to_key(z).view(len(z), *self.slot_shape)  # k_z
         self.values = self.to_value(z).view(len(z), *self.slot_shape)  # v_z
-        self.changes = self.to_norm(z).view(len(z), self.slot_shape[0], 1, -1)  # w_z of age 0
+        self.shifts = self.to_norm(z).view(len(z), self.slot_shape[0], 1, -1)  # w_z at age 0
         self.born = born[:, None]
-        self.columns = 0  # how many the model has run since the block began
+        self.columns = 0  # run by the model since the block began
         self.steering = self.gamma > 0
         try:
             yield
@@ -330,9 +337,9 @@ class PseudoSelfAttention(torch.nn.Module):
             self.steering = False
 
     def count_columns(self, embedding, args, output):
-        """Compute the ages [B, Q] of the Q columns that the model is about to run.
+        """Set the ages [B, Q] of the Q columns that the model is about to run.
 
-        `generate` runs the columns of the prompts in one call, and then one column per call. This
+        `generate` runs all columns of the prompts in one pass, and then one column per pass. This
         hook counts them itself, because the arguments that give their position differ between
         releases of transformers.
         """
@@ -346,9 +353,10 @@ class PseudoSelfAttention(torch.nn.Module):
         if not self.steering:
             return output
         x = args[0]
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-        strength = (self.age >= 0) * 0.5 ** (self.age.clamp(min=0) / self.halflife)
-        return output + strength[..., None] * self.changes[:, i] * x
+        x_hat = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        decay = (self.age >= 0) * 0.5 ** (self.age.clamp(min=0) / self.halflife)  # [B, Q]
+        w_z = decay[..., None] * self.shifts[:, i]  # [B, Q, H]
+        return output + w_z * x_hat
 
 def psa_attention(module, query, key, value, attention_mask, **kwargs):
     """Return the usual attention, with the latent's slot, if there is one, before keys and values.
@@ -368,14 +376,14 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 def latent_loss(model, latents, batch, prefix, continuation, penalised):
-    """Return the negative ELBO with half its KL: the mean of -ln π(o_>=t* | c, z) + KL / 2.
+    """Return the loss of the latents, the mean over rows of -ln π(o_>=t* | c, z) + KL / 2.
 
-    z ~ q_φ, and ln π is summed over the tokens from t* on. prefix, continuation: [B, H], e(c) and
-    e(o_>=t*); penalised: bool [Z], the dimensions whose KL counts (see free bits in
-    `train_latents`). Also return ln π of the continuations [B] and the KL of each dimension [Z].
-    The decoder is the frozen policy, steered by z. In the released code a decoder of its own
-    reconstructs a feature vector from z. We measured that latents trained so do not change what the
-    policy says. [O]
+    This is the negative ELBO with half its KL. z ~ q_φ, and ln π is summed over the tokens from t*
+    on. prefix, continuation: [B, H], e(c) and e(o_>=t*). penalised: bool [Z], the dimensions whose
+    KL counts: see `train_latents`. Also return ln π of the continuations [B] and the KL of each
+    dimension [Z].
+    In the released code a separate decoder reconstructs a feature vector from z. We measured that
+    such latents do not change what the policy says. So our decoder is the policy itself. [O]
     """
     cvae, psa = latents
     prior, posterior = cvae.prior(prefix), cvae.posterior(prefix, continuation)
@@ -390,40 +398,37 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     """Sample K branches from t* of every parent, each with a latent of its own. [P]
 
     latents: (cvae, psa), or [] for branches without latents. First each parent gets one branch,
-    then each a second one, and so on, until the next one would exceed `budget` tokens, if it were
-    as long as what its parent said from t* on. [O]
+    then each a second one, and so on. A branch is expected to cost as many tokens as its parent has
+    from t* on, and there are as many branches as `budget` tokens pay for. [O]
     """
     prefixes = prefixes_to_branch(parents, config)
-    branches = []
-    for prefix, parent in zip(prefixes * config.branches, parents * config.branches):
-        budget -= len(parent.response) - prefix.start
-        if budget < 0:
-            break
-        branches.append(prefix)
+    costs = [len(parent.response) - c.start for parent, c in zip(parents, prefixes)]
+    n = sum(cost <= budget for cost in itertools.accumulate(costs * config.branches))
+    branches = (prefixes * config.branches)[:n]  # all first branches, then all second ones, ...
     if not latents:
         return sample(model, tokenizer, branches, config)
     cvae, psa = latents
     z = cvae.sample(features(model, prefixes, config)[0], config.branches)  # [B, K, Z]
-    z = z.transpose(0, 1).flatten(0, 1)  # [K B, Z]: all first branches, then all second ones, ...
-    return sample(model, tokenizer, branches, config, steer=steer_sampling(psa, z[:len(branches)]))
+    z = z.transpose(0, 1).flatten(0, 1)[:n]  # [n, Z], in the order of the branches
+    return sample(model, tokenizer, branches, config, steer=steer_sampling(psa, z))
 
 # ==== Stage 2: information-bottleneck filter and self-reward
-#   score         S_IB(r) = β Î(r; a*) - Î(q; r), of a whole response r               [P]
+# r is a whole response, r̄ is r without its answer, a* the right answer and |a*| its number of
+# tokens, cue the text that introduces an answer.
+#   score         S_IB(r) = β Î(r; a*) - Î(q; r)                                      [P]
 #                 both terms are standardised over the responses to a prompt          [O]
 #   answer term   Î(r; a*) = ln π(a* | q, r̄, cue) / |a*|                              [O]
 #   prompt term   Î(q; r) = Σ_t (h - H_t)                                             [O]
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
 #                 here it is by prompt and reward: see select_top_n                   [O]
 #   self-reward   S_IB itself                                                         [P]
-#                 the released code and this script reward κ mean_t(A H_t) in its place, as IBRO
-#                 does [arXiv 2507.18391]; A is the advantage below                   [C]
-# r̄ is r without its answer, cue the text that introduces an answer, |a*| the answer's tokens.
+#                 in its place κ mean_t(A H_t), as in IBRO; A is the advantage below  [C]
 # Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
 # all responses to a prompt, so standardising removes it.
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
-# In its place stands, for each token, h, the entropy of the token frequencies in the batch, as if
-# tokens did not depend on each other. Hence a long response costs much, and a loop, where H_t is
-# near 0, costs the most per token.
+# T h stands in its place, where h is the entropy of the token frequencies in the batch. This would
+# be H(r) if tokens did not depend on each other. It makes a long response score low, and a loop,
+# where H_t is near 0, the lowest per token.
 # H_t of a branch is that of the policy that sampled it, with its latent. [O]
 
 @torch.no_grad()
@@ -433,8 +438,8 @@ def answer_gain(model, tokenizer, trajectories, config):
     r̄ is the text before the marker of the answer that `find_answer` found, or all of it. [O]
     """
     cue = cue_of(config.prompt)
-    befores = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄
-    probes = [answer_probe(t, r, cue, tokenizer) for t, r in zip(trajectories, befores)]
+    reasoning = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄
+    probes = [answer_probe(t, said, cue, tokenizer) for t, said in zip(trajectories, reasoning)]
     gains = torch.zeros(len(probes))
     for rows in micro_batches([len(t) for t in probes], config.micro_tokens):
         logp, _, mask = token_logps(model, [probes[row] for row in rows])
@@ -444,8 +449,8 @@ def answer_gain(model, tokenizer, trajectories, config):
 def frequency_entropy(trajectories):
     """Return h: the entropy of the frequencies of the tokens that the trajectories sampled."""
     sampled = gather([t.response[t.start:] for t in trajectories])
-    tokens = torch.tensor(sum(sampled, []))
-    p = tokens.unique(return_counts=True)[1] / len(tokens)
+    counts = Counter(token for tokens in sampled for token in tokens)
+    p = torch.tensor([*counts.values()]) / counts.total()
     return -(p * p.log()).sum().item()
 
 def prompt_information(entropy, mask, h):
@@ -455,8 +460,8 @@ def prompt_information(entropy, mask, h):
 def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
     """Return S_IB [B] of responses; gain: Î(r; a*) [B], groups: [B], entropy, mask: [B, T].
 
-    `group_advantages` standardises each term over a prompt's responses, just as it does rewards. So
-    at beta = 1 both have the same weight. [O]
+    Each term is standardised over a prompt's responses, by the function that does so with rewards,
+    `group_advantages`. So at beta = 1 both have the same weight. [O]
     """
     information = prompt_information(entropy, mask, h)
     return beta * group_advantages(gain, groups) - group_advantages(information, groups)
@@ -464,30 +469,35 @@ def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
 def select_top_n(candidates, keep):
     """Return the candidates that pass the filter, in their order.
 
-    All initial rollouts pass. Branches compete with those of the same prompt and reward, of which
-    the share `keep` passes, rounded up. Of the right ones those of highest S_IB pass, of the wrong
-    ones those of lowest: a wrong response of high S_IB is a near miss, and pushing it down would do
-    harm. The shorter one wins a tie. [O]
+    All initial rollouts pass. Branches are ranked among those of the same prompt and reward: right
+    ones by high S_IB, wrong ones by low S_IB, because a wrong response of high S_IB is a near miss,
+    and pushing it down would do harm. The first of these, a share `keep` rounded up, pass. The
+    shorter one wins a tie. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
         if t.is_branch:
             rivals[t.group, t.reward].append(t)
     dropped = set()
-    for branches in rivals.values():
-        branches.sort(key=lambda t: (-t.score if t.reward else t.score, len(t.response)))
-        dropped.update(branches[math.ceil(keep * len(branches) - 1e-9):])  # 0.28 * 25 is 7.000...1
+    for (_, reward), branches in rivals.items():
+        sign = -1 if reward else 1
+        branches.sort(key=lambda t: (sign * t.score, len(t.response)))
+        passing = math.ceil(keep * len(branches) - 1e-9)  # 1e-9 is for rounding errors
+        dropped.update(branches[passing:])
     return [t for t in candidates if t not in dropped]
 
 def ib_self_reward(entropy, advantages, mask):
-    """Return mean_t(A H_t), with a gradient through H_t; entropy, mask: [B, T], advantages: [B]."""
+    """Return mean_t(A H_t), with a gradient through H_t; entropy, mask: [B, T], advantages: [B].
+
+    The released code has it from IBRO [arXiv 2507.18391]. It raises the entropy where A > 0.
+    """
     return (advantages[:, None] * entropy * mask).sum() / mask.sum()
 
 def set_scores(model, tokenizer, candidates, config):
     """Write S_IB into all candidates of a batch of problems."""
     gain = answer_gain(model, tokenizer, candidates, config)
     entropy = pad([t.entropy for t in candidates], padding_value=-1)
-    mask = entropy >= 0  # only the padding is negative
+    mask = entropy >= 0  # entropies are not negative, so these are the tokens
     groups = torch.tensor([t.group for t in candidates])
     h = frequency_entropy(candidates)
     scores = trajectory_ib_score(gain, entropy, mask, groups, config.beta, h)
@@ -497,41 +507,39 @@ def set_scores(model, tokenizer, candidates, config):
 def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
-    The budget is what `rollouts` responses per prompt would cost at the mean length of the initial
-    ones. Branches get what the initial ones have not used. [O]
-    We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds,
-    and each branches what the round before it kept. [O]
+    Rollouts and branches together may cost as many tokens as `rollouts` responses per prompt would,
+    at the mean length of the initial ones. [O]
+    We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
+    Each branches what the round before it kept, and then filters all branches anew. [O]
     """
     candidates = sample(model, tokenizer, problems * config.initial, config)
     kept = candidates
-    budget = own_tokens(candidates) * (config.rollouts / config.initial - 1)
+    budget = own_tokens(candidates) * (config.rollouts / config.initial - 1)  # for branches
     for rounds_left in range(config.ib_rounds, 0, -1):
         branches = branch(model, tokenizer, latents, kept, config, budget / rounds_left)
         budget -= own_tokens(branches)
         candidates = candidates + branches
         assign_rewards(candidates, config)
-        kept = candidates
-        if config.keep < 1:  # otherwise every branch is kept, and none needs a score
-            set_scores(model, tokenizer, candidates, config)
-            kept = select_top_n(candidates, config.keep)
+        set_scores(model, tokenizer, candidates, config)
+        kept = select_top_n(candidates, config.keep)
     return candidates, kept
 
 # ==== Update
 #   advantage  A = (R - mean) / (std + 1e-4)                                  [GRPO]
 #              mean, std over all candidates of a prompt, not only those kept [O]
-#              times n/k, if k of n candidates with its prompt and R are kept [O]
+#              times n/k, where k of the n candidates with its prompt and R are kept  [O]
 #   ratio      r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)              [O]
 #   loss       L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)   [P]
 #              its self-reward, the last term, as above                        [C]
 #              the bound of 3 is verl's dual clip                              [C]
-#              mean_t is over the own tokens, from t* on, of the responses kept,
-#              also where A = 0                                                [O]
-# The ratio's numerator is the bare policy, its denominator the policy that sampled, steered by z.
-# So it is the token's importance weight: token by token, the gradient is in expectation the bare
-# policy's own, at states that the steered policy reached. The clip makes two exceptions. A right
-# response does not raise tokens that the bare policy finds much likelier than the steered one did.
-# A wrong response does not lower those that it finds much less likely: rare choices are not
-# punished. In the released code π_old is without the latent.
+#              mean_t is over the own tokens of the responses kept, which begin at
+#              t* in a branch, also where A = 0                                [O]
+# The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
+# sampled, steered by z. So r_t is an importance weight of the token. It corrects neither for the
+# states that the steered policy reached nor for the rest of its response. The clip makes two
+# exceptions. Where A > 0, tokens that the bare policy finds much likelier than the steered one did
+# are not raised. Where A < 0, tokens that it finds much less likely are not lowered, so that rare
+# choices are not punished. In the released code π_old is without the latent.
 # The mean reward is over rollouts and branches, so it is not quite the bare policy's. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
@@ -548,8 +556,9 @@ def group_advantages(rewards, groups, eps=1e-4):
 def set_advantages(candidates, kept):
     """Write advantages, relative to all candidates of a prompt, into the trajectories.
 
-    The filter must not change how much right and wrong responses count. So those kept, the initial
-    rollouts among them, are weighted up to stand for all candidates of their prompt and reward. [O]
+    If k of the n candidates of one prompt and reward are kept, initial rollouts included, each of
+    these k counts n/k times. So the filter does not change the weight of right and of wrong
+    responses. [O]
     """
     rewards = torch.tensor([t.reward for t in candidates])
     groups = torch.tensor([t.group for t in candidates])
@@ -563,19 +572,17 @@ def set_advantages(candidates, kept):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return the clipped part of the loss, and statistics: the mean ratio, the share of tokens cut.
 
-    logp, old_logp: [B, T]; in iiblpo.py advantages: [B], mask: [B, T]; in ib_tpo.py a T is a packed
-    tree, advantages are [B, T], and the weights of its tokens are the mask. PPO's clip leaves r_t
-    unbounded where A < 0; there the dual clip bounds it [arXiv 1912.09729]. A token is cut where
-    one of the bounds makes its gradient 0.
+    logp, old_logp, mask: [B, T]; advantages: [B] of responses, or [B, T] of tokens. The mask may
+    hold weights. Where A < 0, PPO's clip leaves r_t unbounded, and the dual clip bounds it by 3.
+    [arXiv 1912.09729] A token is cut where one of the bounds makes its gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
-    cut_if_positive = ratio > 1 + config.clip_high
-    cut_if_negative = (ratio < 1 - config.clip_low) | (ratio > 3.0)
-    cut = torch.where(advantages > 0, cut_if_positive, cut_if_negative & (advantages < 0))
+    cut = torch.where(advantages > 0, ratio > 1 + config.clip_high,
+                      (ratio < 1 - config.clip_low) | (ratio > 3.0)) & (advantages != 0)
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
     return -(objective * mask).sum() / tokens, stats
@@ -583,10 +590,8 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch, a mean over its own tokens, and more means over them.
 
-    `bare` is the share of tokens in initial rollouts, which are sampled without a latent.
-    `sampling_gap` is the sum of |ln π - ln π_old| over these, divided by the number of all tokens.
-    `update` divides it by `bare`, which makes it their mean. Before a batch's first optimizer step
-    this gap is rounding noise, or a bug.
+    `sampling_gap` is |ln π - ln π_old| of the initial rollouts, which have no latent, and 0 of
+    branches. Before a batch's first optimizer step it is rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -596,19 +601,18 @@ def responses_loss(model, batch, config):
         loss = loss - config.kappa * ib_self_reward(entropy, advantages, mask)
     if config.method == "entropy_reg":
         loss = loss - config.entropy_bonus * (entropy * mask).sum() / mask.sum()
-    bare = mask & torch.tensor([[not t.is_branch] for t in batch], device=DEVICE)
-    means["sampling_gap"] = ((logp - old).abs() * bare).sum() / mask.sum()
-    means["bare"] = bare.sum() / mask.sum()
+    is_rollout = torch.tensor([[not t.is_branch] for t in batch], device=DEVICE)
+    means["sampling_gap"] = ((logp - old).abs() * mask * is_rollout).sum() / mask.sum()
     return loss, means
 
 def update(model, optimizer, batch, config):
     """Take `updates_per_step` optimizer steps on a batch; return the loss and other means.
 
     A branch is trained from t* on, because the tokens before are its parent's. [C]
-    A response of advantage 0 has no gradient, except in `entropy_reg`, so it is not run. But its
-    tokens count in the denominator of the loss. Other means are over the tokens that were run.
+    Responses of advantage 0 are not run, because they have no gradient, except in `entropy_reg`.
+    But their tokens count in the mean that is the loss. Other means are over the tokens run.
     """
-    sums = Counter(loss=0, tokens_trained=0, sampling_gap=0, bare=0)
+    sums = Counter(loss=0, tokens_trained=0, sampling_gap=0)
     norm = 0.0
     for i in range(config.updates_per_step):
         minibatch = batch[i::config.updates_per_step]
@@ -626,11 +630,7 @@ def update(model, optimizer, batch, config):
             add_means(sums, means, own_tokens(micro))
         if sum(gather([len(minibatch)])) > 0:  # else AdamW would step by its momentum alone
             norm = take_step(model, optimizer, config)
-    metrics = total_means(sums) | {"grad_norm": norm}
-    bare = metrics.pop("bare")
-    if bare > 0:
-        metrics["sampling_gap"] /= bare
-    return metrics
+    return total_means(sums) | {"grad_norm": norm}
 
 # ==== The training step
 
@@ -663,7 +663,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     explored = time.time()
     metrics |= update(model, optimizer, kept, config)
 
-    # Log
+    # Log. Rewards and entropies are those of rollouts and branches, not of the bare policy alone
     if step % 10 == 0:
         print_response(candidates[0])
     metrics |= {"rollout_s": explored - began, "update_s": time.time() - explored}
@@ -674,7 +674,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
 # ==== The run
 
 def set_up(config):
-    """Return what a run works with; a new run is evaluated here, before it trains."""
+    """Load all that a run works with, and evaluate a new run before it trains."""
     run = types.SimpleNamespace(began=time.time(), folder=run_folder(config))
     print_machine()
     training, heldout = load_problems(config)
@@ -717,8 +717,8 @@ def train(config):
         save_lines(run.folder / "metrics.jsonl", log)
         tokens += metrics["tokens_sampled"]
         run.done = share_done(len(log), tokens, config)
-        pace = (time.time() - began) / (run.done - done_before)  # seconds per whole run
-        left = pace * max(0, 1 - run.done)
+        seconds_per_run = (time.time() - began) / (run.done - done_before)
+        left = seconds_per_run * max(0, 1 - run.done)
         print_step(metrics, config, tokens, left)
     save_state(run.folder, run.state, run.parts)
 
@@ -734,7 +734,7 @@ def train(config):
 # ==== The latents' training and log-probabilities; the baselines, --show and --probe_heads
 
 def prepare(model, config):
-    """Return the latents (cvae, psa), or an empty list for methods that have none; set the seed.
+    """Return the latents (cvae, psa), or an empty module list for methods that have none.
 
     End the program with a one-line message if the model has no RMSNorm for a latent to shift.
     """
@@ -759,8 +759,8 @@ def set_schedule(run, config):
 def alternatives(model, tokenizer, problems, config):
     """Return the continuations that the latents learn from, and how many tokens were sampled. [O]
 
-    Each problem is answered once. At t* the response is continued anew from each of the four
-    likeliest tokens with p > 0.01, so that a rare choice counts as much as a common one.
+    Each problem is answered once. Each of the four likeliest tokens at t*, if it has p > 0.01, then
+    begins a continuation, so that a rare choice counts as much as a common one.
     """
     prefixes = []
     eos = model.generation_config.eos_token_id
@@ -783,8 +783,7 @@ def check_policy(model, tokenizer, latents, problems, config):
     """Compare ln π as recorded while sampling with the passes of training, bare and steered.
 
     End the program with a one-line message if they differ, or if latents change nothing. The
-    latents are not trained yet. Random ones are used, three times as wide as a standard normal, for
-    a clear effect. [O]
+    latents are not trained yet, so z is drawn from N(0, 9), for a clear effect. [O]
     """
     torch.manual_seed(config.seed)
     ordered = sorted(problems, key=len)  # two short and two long prompts, so that there is padding
@@ -812,11 +811,11 @@ def check_policy(model, tokenizer, latents, problems, config):
 def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; return metrics.
 
-    z_gain, latents_kl and active_dims are of the last micro-batch. z_gain is by how many nats a
-    latent of the posterior makes its continuation likelier.
+    z_gain, latents_kl and active_dims are of the last micro-batch, on which was trained. z_gain is
+    the mean of ln π(o_>=t* | c, z) - ln π(o_>=t* | c), z ~ q_φ, in nats.
     """
     cvae, psa = latents
-    # As a rule a problem gives two alternatives; each process needs one problem at least
+    # About two alternatives come from a problem, and each process needs a problem
     problems = shard(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
     pairs, tokens = gather(pairs), sum(gather([tokens]))
@@ -827,10 +826,11 @@ def train_latents(model, tokenizer, latents, problems, config):
     model.requires_grad_(False)
     for _ in progress(range(config.cvae_steps), "training the latents"):
         drawn = torch.randperm(len(pairs))[:32]
-        with torch.no_grad():  # free bits: a dimension's KL counts if its mean exceeds 0.5 nats
+        with torch.no_grad():  # free bits: a dimension's KL counts if its mean exceeds 2 / Z nats
             prefix, continuation = states[:, drawn]  # e(c) and e(o_>=t*), [32, H]
             posterior, prior = cvae.posterior(prefix, continuation), cvae.prior(prefix)
-            penalised = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
+            kl = torch.distributions.kl_divergence(posterior, prior).mean(0)
+            penalised = kl > 2 / config.z_dim
         for rows in micro_batches([len(pairs[i]) for i in drawn], config.micro_tokens):
             chosen = drawn[rows]
             batch = [pairs[i] for i in chosen]
@@ -842,7 +842,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     model.requires_grad_(True)
     if WORLD > 1:
         for weight in latents.parameters():
-            torch.distributed.broadcast(weight.data, 0)  # the first process's for all
+            torch.distributed.broadcast(weight.data, 0)  # all processes use the first one's
     with torch.no_grad():
         bare, _, mask = token_logps(model, batch)
     return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "latents_kl": kl.sum().item(),
@@ -851,8 +851,8 @@ def train_latents(model, tokenizer, latents, problems, config):
 def steer_sampling(psa, z):
     """Return the argument `steer` of `sample`, which steers row i by z[i].
 
-    `sample` generates its rows in several calls. For each call it gives the numbers of its rows and
-    the column of their prefixes' last token, whose state predicts o_t*.
+    `sample` generates its rows in several calls, and for each it calls steer(rows, column). There
+    `column` is that of the prefixes' last token, whose state predicts o_t*.
     """
     def steer(rows, column):
         return psa.steer(z[rows], torch.full((len(rows),), column, device=DEVICE))
@@ -899,7 +899,7 @@ def cue_of(prompt):
     return "#### " if "####" in prompt else "#"
 
 def answer_probe(t, said, cue, tokenizer):
-    """Return `said`, the cue and the gold answer as a trajectory; its own tokens are the answer's.
+    """Return a trajectory of `said`, the cue and the gold answer, with only the last as its own.
 
     The text is tokenised as a whole, because one token may hold the end of the cue and the start of
     the answer, as "{\\" does in "\\boxed{\\frac12". So the answer begins at the first token that
@@ -931,8 +931,8 @@ def roll_out(model, tokenizer, problems, config):
 def dapo_rollouts(model, tokenizer, shuffled, config):
     """Return (all responses sampled, those to train on).
 
-    Problems whose responses are all right or all wrong are dropped, because their advantages are 0,
-    and others are sampled in their place, up to two times. Responses that were cut off are dropped.
+    Problems whose responses are all right or all wrong are dropped, because their advantages are 0.
+    At most two times, others are sampled in their place. Responses that were cut off are dropped.
     """
     wanted = len(shard(shuffled[:config.prompts_per_step]))
     waiting = shard(shuffled[:3 * config.prompts_per_step])
@@ -959,7 +959,6 @@ def show(config):
         print("latents:", train_latents(model, tokenizer, latents, problems, config))
     problem = heldout[config.seed % len(heldout)]
     candidates, kept = explore(model, tokenizer, latents, [problem], config)
-    set_scores(model, tokenizer, candidates, config)  # `explore` does so only if it filters
     print(f"{problem.question}  answer {problem.gold}; ▸ is t*")
     for t in candidates:
         fate = "kept" if t in kept else "dropped"
@@ -968,10 +967,10 @@ def show(config):
     return candidates
 
 # The paper is reported to look for attention heads that react to a prompt's difficulty. Training
-# does not use them. [P, reported] The recipe is ours, after [arXiv 2510.05969]. A prompt's
-# difficulty is 1 minus its pass rate. For each head, a ridge probe predicts it from the head's
-# output at the prompt's last token. The head's score is the Spearman correlation of prediction and
-# difficulty on prompts not fitted. [O]
+# does not use them. [P, reported] The recipe follows [arXiv 2510.05969]: a prompt's difficulty is 1
+# minus its pass rate. For each head, a ridge regression predicts it from the head's output at the
+# prompt's last token. The head's score is the Spearman correlation of prediction and difficulty on
+# prompts not fitted. [O]
 
 @torch.no_grad()
 def head_outputs(model, problems):
@@ -1035,7 +1034,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: repository:configuration  # the columns read [a project that reads the same]
+HUB = {  # name: repository:configuration  # its columns [a project that reads the same ones]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -1047,7 +1046,7 @@ HUB = {  # name: repository:configuration  # the columns read [a project that re
 autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=BF16)
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
 
-# A bar appears for what takes longer than five seconds. In a log file it moves every 20 seconds.
+# Progress bars appear after five seconds. In a log file they move every 20 seconds.
 progress = functools.partial(tqdm, delay=5, mininterval=0.1 if sys.stderr.isatty() else 20,
                              leave=False, disable=RANK > 0)
 
@@ -1059,13 +1058,14 @@ def visible_mask(*args, **kwargs):
     """
     mask = sdpa_mask(*args, **kwargs)  # [B, 1, Q, C], or None where it is merely causal
     return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
+
 transformers.AttentionMaskInterface.register("sdpa", visible_mask)
 
 class Recorder(transformers.LogitsProcessor):
     """Draw each token of one `generate` call, and record its ln π and its entropy H_t.
 
     `generate` does not tell the log-probability of what it draws. So the token is drawn here, and
-    the logits that are handed back leave `generate` no other choice.
+    the logits that are handed back allow only this token.
     """
 
     def __init__(self, greedy, bar):
@@ -1100,7 +1100,7 @@ def token_entropy(logits):
     return -(logp.exp() * logp).sum(-1)
 
 def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
-    """Continue each of `prefixes`, a problem with an empty or a begun response; keep their order.
+    """Sample a continuation of each trajectory in `prefixes`; return them in the same order.
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
     they were drawn with. [O] steer(rows, column) returns a context manager that steers these rows
@@ -1118,7 +1118,8 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
         ids = pad(ids, padding_value=-1, padding_side="left").to(DEVICE)  # [B, width]
         width = ids.shape[1]
         recorder = Recorder(greedy, bar)
-        with autocast(), steer(rows, width - 1) if steer else contextlib.nullcontext():
+        steering = steer(rows, width - 1) if steer else contextlib.nullcontext()
+        with autocast(), steering:
             ids = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
                                  max_new_tokens=max(rooms[row] for row in rows),
                                  logits_processor=[recorder])
@@ -1151,10 +1152,10 @@ def head_logps(model, states, targets):
 
 @contextlib.contextmanager
 def recompute_layers(model, config):
-    """Let layers that run in the block keep only their input, if `config.recompute` is set.
+    """In the block, store only each layer's input for the backward pass, which runs it again.
 
-    The backward pass then runs them again. transformers offers this only in training mode, where
-    dropout would change ln π.
+    Without `config.recompute`, do nothing. The checkpointing of transformers needs training mode,
+    where dropout would change ln π.
     """
     layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
     for layer in layers if config.recompute else []:
@@ -1197,9 +1198,9 @@ def report_gaps(gaps):
              f"{bound}: the script does not fit this model or this release of transformers")
 
 def micro_batches(lengths, tokens):
-    """Group indices of similar lengths so that a group's size x its longest is at most `tokens`.
+    """Group the indices of rows so that in each group, rows x longest row is at most `tokens`.
 
-    A longer item is a group of its own. micro_batches([5, 9, 4], 10) -> [[1], [0, 2]]
+    A row that is longer is a group of its own. micro_batches([5, 9, 4], 10) -> [[1], [0, 2]]
     """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -1264,7 +1265,7 @@ def load_policy(config):
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(DEVICE)
-        # This reads tokenizer.json as it is. AutoTokenizer may put the family's own in its place.
+        # This reads tokenizer.json as it is. AutoTokenizer may take the family's own instead.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
     except Exception as e:  # whatever a hub, a network or a file raises
         fail(f"cannot load the model {name}: {with_cause(e)}")
@@ -1525,9 +1526,9 @@ def warm_start(config):
         labels[:, :len(problems[0].prompt)] = -100
         model(ids.to(DEVICE), labels=labels.to(DEVICE)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        pace = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)  # up, then down to 0
+        factor = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)  # up, then down to 0
         for optimizer, lr in (muon, 0.02), (adam, 0.003):
-            optimizer.param_groups[0]["lr"] = lr * pace
+            optimizer.param_groups[0]["lr"] = lr * factor
             optimizer.step()
             optimizer.zero_grad()
     save_policy(folder, model, tokenizer)
@@ -1645,7 +1646,7 @@ def operand(tokens):
 def expression(tokens, least=1):
     """Take an expression off `tokens`, up to the first operator that binds less than `least`.
 
-    Of 2*3+1 that is all of it at 1, and 2*3 at 2.
+    From 2*3+1 it takes all if `least` is 1, and 2*3 if it is 2.
     """
     value = operand(tokens)
     while OPERATORS.get(tokens[0], [0])[0] >= least:
@@ -1827,8 +1828,7 @@ def parse_config(script, argv):
 def save_atomically(path, write):
     """Let `write` make a file or folder beside `path`, then rename it: it is never half written.
 
-    End the program with a one-line message if the disk refuses; what `path` held before is then
-    still there.
+    End the program with a one-line message if the disk refuses.
     """
     if RANK > 0:
         return
@@ -1837,33 +1837,11 @@ def save_atomically(path, write):
         with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as temporary:
             new = Path(temporary, path.name)
             write(new)
-            old = Path(temporary, "old")  # it goes when `temporary` does
-            if path.is_dir():
-                path.replace(old)
-            try:
-                rename(new, path)
-            except OSError:
-                if old.exists():
-                    old.replace(path)
-                raise
+            if path.is_dir():  # a rename replaces a file, but not a folder
+                path.replace(Path(temporary, "old"))
+            new.replace(path)
     except Exception as e:  # whatever a disk or a library raises
         fail(f"cannot write {path}: {e}")
-
-def rename(new, path):
-    """Rename `new` to `path`, trying for a second.
-
-    Windows refuses while another program, such as a spreadsheet, has `path` open. metrics.jsonl
-    then stays as it is, because the next step writes all of it again.
-    """
-    for _ in range(5):
-        try:
-            return new.replace(path)
-        except PermissionError as e:
-            refusal = e
-            time.sleep(0.2)
-    if path.name != "metrics.jsonl":
-        raise refusal
-    print(f"{path} is open in another program and is written at the next step", flush=True)
 
 def save_policy(folder, model, tokenizer):
     """Save the policy and its tokenizer, for `from_pretrained`."""

@@ -215,7 +215,7 @@ def test_a_mistake_is_one_line_before_any_work(folder, capsys, flags, message):
 
 @each("script", [m, tpo])
 def test_every_number_has_its_range(script, capsys):
-    may_be_0 = ("seed max_tokens habit psa_gamma psa_halflife keep kappa lr clip_low eval_every "
+    may_be_0 = ("seed max_tokens habit psa_gamma keep kappa lr clip_low eval_every "
                 "clip_high entropy_bonus top_frac max_grad_norm lam kl").split()
     may_be_0.append("beta" if script is m else "rollouts")
     for name, default in asdict(script.Config()).items():
@@ -655,7 +655,7 @@ def test_training_the_latents_lowers_the_loss_and_leaves_the_policy_alone(monkey
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 def test_micro_batches_of_the_latents_add_up(monkeypatch):
-    """Micro-batches have the whole batch's gradient, in which 0.5 nats per dimension are free."""
+    """Micro-batches have the whole batch's gradient, in which 2 nats / 4 dimensions are free."""
     def fresh(*flags):
         model, c, latents = steered("--cvae_steps", 1, *flags)
         latents[0].posterior_net[-1].weight.data *= 12
@@ -677,7 +677,7 @@ def test_micro_batches_of_the_latents_add_up(monkeypatch):
     with steer(latents[1], pairs, q.mean):
         logp, _, mask = m.token_logps(model, pairs)
     kl = torch.distributions.kl_divergence(q, p).mean(0)
-    assert 0 < (kl > 0.5).sum() < 4
+    assert len(kl) == 4 and 0 < (kl > 0.5).sum() < 4
     (kl.clamp(min=0.5).sum() / 2 - (logp * mask).sum() / len(pairs)).backward()
     assert len(grads) == 3 and all(far(grad, gradient()) < 1e-4 for grad in grads)
 
@@ -1275,7 +1275,8 @@ def test_the_gap_of_each_step_is_that_of_tokens_without_a_latent(folder):
     for t in batch:
         t.advantage = 1.0
         t.logps = t.logps + (5.0 if t.is_branch else 0.25)
-    assert m.update(model, grabber(model), batch, c)["sampling_gap"] == approx(0.25, abs=1e-5)
+    mean = 0.25 * m.own_tokens(parents) / m.own_tokens(batch)
+    assert m.update(model, grabber(model), batch, c)["sampling_gap"] == approx(mean, abs=1e-5)
 
 # ---- memory
 
@@ -1346,21 +1347,6 @@ def test_ctrl_c_says_what_is_true(folder, monkeypatch, capsys):
             run("--method", "grpo", "--out", name)
         assert said in capsys.readouterr().err
         assert Path(name, "state.pt").exists() == (name == "update")
-
-def test_a_file_that_windows_holds_open_is_tried_again_and_ends_no_run(folder, monkeypatch, capsys):
-    refusals, real = [], Path.replace
-
-    def replace(path, target):
-        if target.name == "metrics.jsonl" or target.name == "state.pt" and len(refusals) < 2:
-            refusals.append(target)
-            raise PermissionError("in use")
-        return real(path, target)
-
-    monkeypatch.setattr(m.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(Path, "replace", replace)
-    run("--method", "grpo", "--max_steps", 2, "--out", "run")
-    assert capsys.readouterr().out.count("run/metrics.jsonl is open in another program") == 2
-    assert len(refusals) == 2 + 2 * 5 and len(torch.load("run/state.pt")["log"]) == 2
 
 def test_a_run_s_folder_names_its_model(folder):
     assert m.folder_of(config()) == Path("runs/iiblpo-tiny-0")
@@ -2059,7 +2045,8 @@ def test_what_stands_in_both_scripts_is_in_the_same_words():
 def test_split_steps():
     text = "Löse x.\n\nErst 3·4 = 12 😀.\n\n\nThen: **done**.\n\n"
     for delimiter, *steps in (
-            ["\n", "3+8\n", "1\n", "#1<eos>"], ["\n", "<eos>"], ["\n\n", "1\n\n", "\n2"]):
+            ["\n", "3+8\n", "1\n", "#1<eos>"], ["\n", "<eos>"], ["\n\n", "1\n\n", "\n2"],
+            ["\n", "\n\n3+8\n", "\n1\n", "\n"]):  # blank lines are no steps of their own
         found = tpo.split_steps(TINY("".join(steps)).input_ids, TINY, delimiter)
         assert [TINY.decode(step) for step in found] == steps
     bpe = bpe_tokenizer([text] * 9 + ["word.\n\n"] * 50)
@@ -2300,7 +2287,6 @@ def test_ib_tpo_runs_repeat_and_resume_exactly(rewarded, flags):
 def test_mistakes_with_trees_are_one_line(folder, capsys):
     assert "tree must be four numbers" in refused(capsys, *TREES, "--tree", 4, 9, 1, script=tpo)
     assert "delimiter must not be empty" in refused(capsys, *TREES, "--delimiter", "", script=tpo)
-    assert "beta must be above 0" in refused(capsys, *TREES, "--beta", 0, script=tpo)
     assert not Path("runs").exists()
     windows = small_model(use_sliding_window=True, sliding_window=4, max_window_layers=0)
     for model in (windows, small_model("Mistral", sliding_window=4)):  # deaf to a tree's mask
