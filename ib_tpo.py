@@ -24,7 +24,7 @@ The sections, in order:
 Read as far as The run, and look up the functions after it when the method calls them.
 
 Left out: vLLM, sharded models, rewards other than right or wrong.
-Ours differ from the paper's: [O]
+These settings differ from the paper's: [O]
                    the paper                                  here
     sampling       temperature 0.7, top-p 0.95, top-k 20      temperature 1, no truncation, so that
                                                               ln π is that of the draw
@@ -33,9 +33,9 @@ Ours differ from the paper's: [O]
 Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
 we could not read its text; [O] our own choice. Other marks name their source.
 
-Shapes: N rows, T tokens of a response or of a step, S tokens of a packed tree, V vocabulary,
-H width. B₀, L, K, B are the numbers of `Config.tree`, and a* is the right answer. Entropies and
-log-probabilities are in nats.
+Shapes: B rows, T tokens of a response or of a step, S tokens of a packed tree, V vocabulary,
+H width. In the section on trees, B₀, L, K, B are the numbers of `Config.tree`. a* is the right
+answer. Entropies and log-probabilities are in nats.
 """
 import contextlib
 import copy
@@ -219,7 +219,7 @@ class Node:
     def confidence(self):
         """Return η₂, the geometric mean of the step's token probabilities. [O]
 
-        The paper has π_ref(s), and their product, which would be near 0 for long steps.
+        The paper's η₂ is π_ref(s), the product of the token probabilities: near 0 for long steps.
         """
         return self.logps.mean().exp().item()
 
@@ -283,7 +283,7 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
 def prefix_at(node, problem):
     """Return a trajectory whose response is the steps down to a node, to be continued."""
     path = node.path()
-    # The problem's logps and entropy are empty. At the root, `cat` has nothing else
+    # The problem's own tensors are empty; at the root they keep `cat` from an empty list
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
                    entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
@@ -329,15 +329,15 @@ def grow(model, tokenizer, problems, config, rng):
 #   confidence        η₂(s) = π(s)                                                     [P]
 # Our reconstruction of how (2) follows from (1): [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
-#   H(s|a*,v) = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   the mean of 1 - π(s) over s ~ π(s|a*,v), by Bayes
+#   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            a cross-entropy, not Gini's
+#             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
 #   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as (2) does
-# So (2) follows only if H(s|a*,v) is a cross-entropy, 1 - Σ_s π(s|a*,v) π(s). With the Gini entropy
-# that (1) names, 1 - Σ_s π(s|a*,v)², it does not. With the geometric mean for π(s), the code keeps
-# the form of (2), but not its derivation.
-# How to read the score: if nothing was continued from below v yet, its children's mean η₁ is -1/β,
-# so that J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So J_IB is high where the confident children
-# are better than the others, and where confidence is low. With one child, or with children that are
-# all right, only the latter counts. The smaller β, the more it counts.
+# With the Gini entropy that (1) names, 1 - Σ_s π(s|a*,v)², (2) does not follow. With the geometric
+# mean for π(s), the code keeps the form of (2), but not its derivation.
+# How to read the score: as long as no node below v was branched from, the mean η₁ of v's children
+# is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So J_IB is high where the confident
+# children are better than the others, and where confidence is low. With one child, or with children
+# that are all right, only the latter counts. The smaller β, the more it counts.
 
 def information_gain(node, beta):
     """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
@@ -395,7 +395,8 @@ def select_nodes(root, k, sampler, config, rng):
 #             the paper has π_ref in η₂; here it is the policy that sampled        [O]
 #   A(s) = A_GL(s) + λ A_IB(s)                                                     [P]
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
-# a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. [O]
+# a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
+# are right, A(s) is this price alone. [O]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So at ratio 1,
 # A_GL on the tree is GRPO on its trajectories. These are not independent draws of the policy,
 # however. Prefixes were chosen by their outcome, which biases p̂ of the steps above them. [O]
@@ -420,7 +421,8 @@ def step_advantages(root, config):
     return {step: step_advantage(step, root, config) for step in root.walk()[1:]}
 
 # ==== Update on packed trees
-#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL                                        [P]
+#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 mean_t k3                                 [P]
+#          k3 = ρ - 1 - ln ρ, ρ = π_ref / π_θ, estimates the KL                              [GRPO]
 #          mean_t is over all tokens of the G trajectories, so that a shared token counts once
 #          for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0                   [O]
 # Steps that trajectories share are run once. The tree lies depth-first in one sequence. There a
@@ -430,9 +432,9 @@ def step_advantages(root, config):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return the clipped part of the loss, and statistics: the mean ratio, the share of tokens cut.
 
-    logp, old_logp, mask: [B, T]; advantages: [B] of responses, or [B, T] of tokens. The mask may
-    hold weights. Where A < 0, PPO's clip leaves r_t unbounded, and the dual clip bounds it by 3.
-    [arXiv 1912.09729] A token is cut where one of the bounds makes its gradient 0.
+    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T]. ib_tpo.py has advantages of tokens,
+    and weights for a mask. Where A < 0, PPO's clip leaves r_t unbounded, and the dual clip bounds
+    it by 3. [arXiv 1912.09729] A token is cut where one of the bounds makes its gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -480,10 +482,10 @@ def pack_tree(root, advantages):
             "logps": torch.cat([torch.zeros(len(root.tokens))] + [step.logps for step in steps])}
 
 def k3(logp, reference):
-    """Return the k3 estimate of KL(π || π_ref) per token: r - 1 - ln r, r = π_ref / π. [GRPO]
+    """Return the k3 estimate of KL(π || π_ref) per token: ρ - 1 - ln ρ, ρ = π_ref / π. [GRPO]
 
-    Its mean over samples of π is KL(π || π_ref). Its gradient, taken as in GRPO, is on average that
-    of KL(π_ref || π).
+    Its mean over samples of π is KL(π || π_ref). GRPO differentiates it at fixed samples, which on
+    average gives the gradient of KL(π_ref || π).
     """
     return (reference - logp).exp() - 1 - (reference - logp)
 
@@ -508,8 +510,8 @@ def trees_loss(model, packs, config, reference):
 def update_on_trees(model, optimizer, roots, config, reference=None):
     """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
 
-    Trees whose advantages are all 0 are run only if there is a KL. But their tokens count in the
-    mean that is the loss.
+    A tree whose advantages are all 0, as they are without A_IB if all or no responses are right, is
+    run only for the KL. But its tokens count in the mean that is the loss.
     """
     packs = [pack_tree(root, step_advantages(root, config)) for root in roots]
     sums = Counter(loss=0, tokens_trained=0, tokens_unique=0)
@@ -578,8 +580,9 @@ def set_up(config):
         run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
+    # Checkpoints hold what is trained: iiblpo.py's latents, but not ib_tpo.py's frozen reference
     if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # iiblpo.py's latents; ib_tpo.py's reference is frozen
+        run.parts["extra"] = run.extra
     if (run.folder / "state.pt").exists():
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -676,7 +679,7 @@ def tree_logps(model, packs):
     ids = pad([pack["input_ids"] for pack in packs]).to(DEVICE)
     previous = pad([pack["previous"] for pack in packs]).to(DEVICE)
     weights = pad([pack["weights"] for pack in packs]).to(DEVICE)
-    # Each token sees itself, which is all that padding sees, and what the token before it sees
+    # A token sees itself and all that the token before it sees; padding sees only itself
     mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)  # [B, S, S]
     for sees, pack in zip(mask, packs):
         for i, before in enumerate(pack["previous"].tolist()):
@@ -731,7 +734,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: repository:configuration  # its columns [a project that reads the same ones]
+HUB = {  # name: "repository:configuration"; behind it, its columns and who else reads them
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -1305,10 +1308,11 @@ WORD = (r"(?:(?!(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|th
         r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b)"
         r"[A-Za-z]{3,}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)")  # a word of a unit, but of no number
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"
-# Name, value and unit: "x = 5 cm" -> x, 5, cm. A unit is behind a digit, a bracket or pi, and a
-# blank; only metres and kilograms may touch the number
+# Groups: 1 name before = or \in, 2 value, 3 unit. A unit is behind a digit, a bracket or pi. Except
+# for %, cm, km, mm and kg there is a blank between number and unit: "x = 5 cm" -> x, 5, cm
 ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*?)(?:(?:(?<=[\d)}}])|(?<=pi)) ?(%|"
                   rf"(?:(?<= )|(?=[ckm]m\b|kg)){WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?) *)?")
+# Alternatives: digits of \frac, numbers, \sqrt[n], letters of a product, words, other signs.
 # "\frac12" -> \frac 1 2, and "xy" -> x y, but "no", "on" and "ln" stay words
 TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|"
                    r"\\sqrt\[\d+\]|(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|\\?[A-Za-z]+|\S")
@@ -1317,8 +1321,8 @@ PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # Only a real base takes any power. mpf() refuses a letter (a complex value), so x^(1/2), which
-    # has two signs, is compared as text
+    # A letter is a complex value, which mpf() refuses. So a letter takes integer powers only, and
+    # x^(1/2), whose sign is open, is compared as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1338,7 +1342,9 @@ def operand(tokens):
         return +REALS.pi
     if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
         return REALS.mpc(*map(random.Random(token).uniform, (0.7, 0.7), (1.4, 1.4)))
-    return REALS.mpf(token if token[:1] in set(".0123456789") else "")  # "": a ValueError
+    if token[:1] not in set(".0123456789"):
+        raise ValueError(f"{token!r} begins no operand")
+    return REALS.mpf(token)
 
 def expression(tokens, least=1):
     """Take an expression off `tokens`, up to the first operator that binds less than `least`.

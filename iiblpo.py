@@ -123,8 +123,8 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt; iiblpo spends as many tokens on "
-                            "rollouts and branches", "1..")
+    rollouts: int = setting(8, "responses per prompt; iiblpo's rollouts and branches cost "
+                            "about as many tokens as these", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
@@ -141,7 +141,7 @@ class Config:
     psa_halflife: float = setting(8.0, "tokens after which the shift of the norms halves",
                                   "0.001..")
     z_dim: int = setting(128, "dimensions of the latent", "1..")
-    cvae_pairs: int = setting(2048, "largest number of continuations to learn latents from", "1..")
+    cvae_pairs: int = setting(512, "largest number of continuations to learn latents from", "1..")
     cvae_steps: int = setting(200, "training steps of the latents", "1..")
     # Stage 2: information bottleneck
     keep: float = setting(0.75, "share of a prompt's right branches that is kept, and likewise "
@@ -204,7 +204,7 @@ class Trajectory:
 
 
 # ==== Stage 1: entropy-driven latent branching
-#   token entropy          H_t = -Σ_v p_t(v) ln p_t(v)                                 [P]
+#   token entropy          H_t = -Σ_v p_t(v) ln p_t(v), by `token_entropy`             [P]
 #   where it hesitates     Ω = the top ρ of a response's positions by H_t              [P, reported]
 #                          t* ~ Uniform(Ω)                                             [P, reported]
 #   the prefix             c = (q, o_<t*)                                              [O]
@@ -212,9 +212,10 @@ class Trajectory:
 #   their training         maximises the ELBO                                          [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
-#                          its KL is halved, and free up to 2 nats in all, so that the decoder
-#                          does not ignore z                                           [O]
-#   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V],  norms w' = w + w_z        [P]
+#                          the KL is halved, and each dimension's is free up to 0.5 nats, so
+#                          that the decoder does not ignore z                          [O]
+#   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V]                             [P]
+#                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = γ W_K z,  v_z = γ W_V z,  w_z = γ 2^(-age/half-life) W_N z      [O]
 #                          age is the number of tokens since t*                        [O]
@@ -228,9 +229,9 @@ class Trajectory:
 def branch_positions(entropy, mask, top_frac, generator=None):
     """Return a branching position t* for each response, [B]; entropy, mask: [B, T].
 
-    t* is drawn from Ω: of the n positions in the mask, without the first, the floor(ρ n) of highest
-    entropy, but at least one. The first is left out because a branch there would be one more
-    rollout. The position of EOS counts. [C] A response without such positions has t* = 0.
+    t* is drawn from Ω. Let n count the positions in the mask but the first, where a branch would be
+    one more rollout. Ω holds the floor(ρ n) of them that have the highest entropy, at least one.
+    The position of EOS counts. [C] A response of one token has t* = 0.
     """
     chosen = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
@@ -287,9 +288,9 @@ class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
     It enters the last four layers, and its maps are initialised with std 0.01. [C]
-    Each layer has its own linear maps. The key k_z gets no rotary embedding. Let `born` be the
-    column whose state predicts o_t*, so that a column's age is column - born. Columns before it see
-    neither the latent's slot nor the shifted norms. [O]
+    Each layer has its own linear maps. The key k_z gets no rotary embedding. A column is a position
+    of the padded input. The state of column `born` predicts o_t*, and the age of a column is
+    column - born. Columns before `born` see neither the latent's slot nor the shifted norms. [O]
     The slot takes attention even if γ is small, because a key near zero still has a weight. It is
     removed only at γ = 0.
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
@@ -299,6 +300,7 @@ class PseudoSelfAttention(torch.nn.Module):
         super().__init__()
         layers = model.base_model.layers[-config.psa_layers:]
         kv_heads, head_dim = model.config.num_key_value_heads, layers[0].self_attn.head_dim
+        self.n_layers = len(layers)
         self.slot_shape = (len(layers), kv_heads, 1, head_dim)  # a key, or value, per kv-head
         width = len(layers) * model.config.hidden_size
         size = math.prod(self.slot_shape)
@@ -327,9 +329,9 @@ class PseudoSelfAttention(torch.nn.Module):
         z = self.gamma * z
         self.keys = self.to_key(z).view(len(z), *self.slot_shape)  # k_z
         self.values = self.to_value(z).view(len(z), *self.slot_shape)  # v_z
-        self.shifts = self.to_norm(z).view(len(z), self.slot_shape[0], 1, -1)  # w_z at age 0
+        self.shifts = self.to_norm(z).view(len(z), self.n_layers, 1, -1)  # w_z at age 0
         self.born = born[:, None]
-        self.columns = 0  # run by the model since the block began
+        self.columns = 0  # how many columns the model has run in this block
         self.steering = self.gamma > 0
         try:
             yield
@@ -403,7 +405,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     """
     prefixes = prefixes_to_branch(parents, config)
     costs = [len(parent.response) - c.start for parent, c in zip(parents, prefixes)]
-    n = sum(cost <= budget for cost in itertools.accumulate(costs * config.branches))
+    totals = itertools.accumulate(costs * config.branches)
+    n = sum(total <= budget for total in totals)  # as many branches as the budget pays for
     branches = (prefixes * config.branches)[:n]  # all first branches, then all second ones, ...
     if not latents:
         return sample(model, tokenizer, branches, config)
@@ -426,9 +429,9 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 # Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
 # all responses to a prompt, so standardising removes it.
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
-# T h stands in its place, where h is the entropy of the token frequencies in the batch. This would
-# be H(r) if tokens did not depend on each other. It makes a long response score low, and a loop,
-# where H_t is near 0, the lowest per token.
+# We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
+# token depended on another. So long responses score low. Per token, loops score lowest, because
+# their H_t is near 0.
 # H_t of a branch is that of the policy that sampled it, with its latent. [O]
 
 @torch.no_grad()
@@ -471,8 +474,8 @@ def select_top_n(candidates, keep):
 
     All initial rollouts pass. Branches are ranked among those of the same prompt and reward: right
     ones by high S_IB, wrong ones by low S_IB, because a wrong response of high S_IB is a near miss,
-    and pushing it down would do harm. The first of these, a share `keep` rounded up, pass. The
-    shorter one wins a tie. [O]
+    and pushing it down would do harm. The best share `keep` of each such ranking passes, rounded
+    up. Of equals the shorter one goes first. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
@@ -527,19 +530,19 @@ def explore(model, tokenizer, latents, problems, config):
 # ==== Update
 #   advantage  A = (R - mean) / (std + 1e-4)                                  [GRPO]
 #              mean, std over all candidates of a prompt, not only those kept [O]
-#              times n/k, where k of the n candidates with its prompt and R are kept  [O]
+#              times n/k, if k of n candidates of the same prompt and R are kept [O]
 #   ratio      r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)              [O]
-#   loss       L = -mean_t min(min(r_t, 3) A, clip(r_t) A) - κ mean_t(A H_t)   [P]
-#              its self-reward, the last term, as above                        [C]
-#              the bound of 3 is verl's dual clip                              [C]
-#              mean_t is over the own tokens of the responses kept, which begin at
-#              t* in a branch, also where A = 0                                [O]
+#   loss       L = -mean_t min(r_t A, clip(r_t) A)                             [P]
+#              where A < 0, r_t is bounded by 3, as in verl's dual clip        [C]
+#              - κ mean_t(A H_t), the self-reward                              [C]
+#              mean_t is over the own tokens of the responses kept, which are those from
+#              t* on in a branch; tokens with A = 0 count, too                 [O]
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
 # sampled, steered by z. So r_t is an importance weight of the token. It corrects neither for the
-# states that the steered policy reached nor for the rest of its response. The clip makes two
-# exceptions. Where A > 0, tokens that the bare policy finds much likelier than the steered one did
-# are not raised. Where A < 0, tokens that it finds much less likely are not lowered, so that rare
-# choices are not punished. In the released code π_old is without the latent.
+# states that the steered policy reached nor for the rest of its response. The clip removes the
+# gradient in two cases. Where A > 0, tokens that the bare policy finds much likelier than the
+# steered one did are not raised. Where A < 0, tokens that the bare policy finds much less likely
+# are not lowered, so that rare choices are not punished. In the released code π_old has no latent.
 # The mean reward is over rollouts and branches, so it is not quite the bare policy's. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
@@ -572,9 +575,9 @@ def set_advantages(candidates, kept):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return the clipped part of the loss, and statistics: the mean ratio, the share of tokens cut.
 
-    logp, old_logp, mask: [B, T]; advantages: [B] of responses, or [B, T] of tokens. The mask may
-    hold weights. Where A < 0, PPO's clip leaves r_t unbounded, and the dual clip bounds it by 3.
-    [arXiv 1912.09729] A token is cut where one of the bounds makes its gradient 0.
+    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T]. ib_tpo.py has advantages of tokens,
+    and weights for a mask. Where A < 0, PPO's clip leaves r_t unbounded, and the dual clip bounds
+    it by 3. [arXiv 1912.09729] A token is cut where one of the bounds makes its gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -590,8 +593,8 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch, a mean over its own tokens, and more means over them.
 
-    `sampling_gap` is |ln π - ln π_old| of the initial rollouts, which have no latent, and 0 of
-    branches. Before a batch's first optimizer step it is rounding noise, or a bug.
+    `sampling_gap` is the mean of |ln π - ln π_old|, where tokens of branches count as 0, because
+    they had a latent. Before a batch's first optimizer step it is rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -654,7 +657,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
         set_advantages(candidates, kept)
     elif config.method == "dapo":
         candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
-        set_advantages(candidates, candidates)  # no n/k: nothing stands for what dapo drops
+        set_advantages(candidates, candidates)  # so n/k is 1: what dapo drops is not made up for
     else:
         candidates = kept = roll_out(model, tokenizer, batch, config)
         set_advantages(candidates, kept)
@@ -687,8 +690,9 @@ def set_up(config):
         run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
+    # Checkpoints hold what is trained: iiblpo.py's latents, but not ib_tpo.py's frozen reference
     if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra  # iiblpo.py's latents; ib_tpo.py's reference is frozen
+        run.parts["extra"] = run.extra
     if (run.folder / "state.pt").exists():
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -811,7 +815,7 @@ def check_policy(model, tokenizer, latents, problems, config):
 def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; return metrics.
 
-    z_gain, latents_kl and active_dims are of the last micro-batch, on which was trained. z_gain is
+    z_gain, latents_kl and active_dims are those of the last micro-batch of the training. z_gain is
     the mean of ln π(o_>=t* | c, z) - ln π(o_>=t* | c), z ~ q_φ, in nats.
     """
     cvae, psa = latents
@@ -826,11 +830,10 @@ def train_latents(model, tokenizer, latents, problems, config):
     model.requires_grad_(False)
     for _ in progress(range(config.cvae_steps), "training the latents"):
         drawn = torch.randperm(len(pairs))[:32]
-        with torch.no_grad():  # free bits: a dimension's KL counts if its mean exceeds 2 / Z nats
+        with torch.no_grad():  # free bits: a dimension's KL counts if its mean exceeds 0.5 nats
             prefix, continuation = states[:, drawn]  # e(c) and e(o_>=t*), [32, H]
             posterior, prior = cvae.posterior(prefix, continuation), cvae.prior(prefix)
-            kl = torch.distributions.kl_divergence(posterior, prior).mean(0)
-            penalised = kl > 2 / config.z_dim
+            penalised = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
         for rows in micro_batches([len(pairs[i]) for i in drawn], config.micro_tokens):
             chosen = drawn[rows]
             batch = [pairs[i] for i in chosen]
@@ -1034,7 +1037,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: repository:configuration  # its columns [a project that reads the same ones]
+HUB = {  # name: "repository:configuration"; behind it, its columns and who else reads them
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -1608,10 +1611,11 @@ WORD = (r"(?:(?!(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|th
         r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b)"
         r"[A-Za-z]{3,}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)")  # a word of a unit, but of no number
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"
-# Name, value and unit: "x = 5 cm" -> x, 5, cm. A unit is behind a digit, a bracket or pi, and a
-# blank; only metres and kilograms may touch the number
+# Groups: 1 name before = or \in, 2 value, 3 unit. A unit is behind a digit, a bracket or pi. Except
+# for %, cm, km, mm and kg there is a blank between number and unit: "x = 5 cm" -> x, 5, cm
 ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*?)(?:(?:(?<=[\d)}}])|(?<=pi)) ?(%|"
                   rf"(?:(?<= )|(?=[ckm]m\b|kg)){WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?) *)?")
+# Alternatives: digits of \frac, numbers, \sqrt[n], letters of a product, words, other signs.
 # "\frac12" -> \frac 1 2, and "xy" -> x y, but "no", "on" and "ln" stay words
 TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|"
                    r"\\sqrt\[\d+\]|(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|\\?[A-Za-z]+|\S")
@@ -1620,8 +1624,8 @@ PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # Only a real base takes any power. mpf() refuses a letter (a complex value), so x^(1/2), which
-    # has two signs, is compared as text
+    # A letter is a complex value, which mpf() refuses. So a letter takes integer powers only, and
+    # x^(1/2), whose sign is open, is compared as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1641,7 +1645,9 @@ def operand(tokens):
         return +REALS.pi
     if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
         return REALS.mpc(*map(random.Random(token).uniform, (0.7, 0.7), (1.4, 1.4)))
-    return REALS.mpf(token if token[:1] in set(".0123456789") else "")  # "": a ValueError
+    if token[:1] not in set(".0123456789"):
+        raise ValueError(f"{token!r} begins no operand")
+    return REALS.mpf(token)
 
 def expression(tokens, least=1):
     """Take an expression off `tokens`, up to the first operator that binds less than `least`.

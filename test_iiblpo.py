@@ -655,7 +655,7 @@ def test_training_the_latents_lowers_the_loss_and_leaves_the_policy_alone(monkey
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 def test_micro_batches_of_the_latents_add_up(monkeypatch):
-    """Micro-batches have the whole batch's gradient, in which 2 nats / 4 dimensions are free."""
+    """Micro-batches have the whole batch's gradient, in which 0.5 nats per dimension are free."""
     def fresh(*flags):
         model, c, latents = steered("--cvae_steps", 1, *flags)
         latents[0].posterior_net[-1].weight.data *= 12
