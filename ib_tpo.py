@@ -16,8 +16,7 @@ Every field of `Config` is a flag. A `training_step` does this:
 5. Take a clipped policy-gradient step on the packed trees: `pack_tree`, `update_on_trees`.
 
 The sections, in order:
-    Config, Trajectory
-    The tree. The IB-Score. Advantages. The update. The training step. The run.
+    Config. Trajectory. The tree. The IB-Score. Advantages. The update. The training step. The run
     The reference policy; log-probabilities of packed trees; the self-check; --show
     Supporting code, repeated word for word in iiblpo.py: sampling, the policy, problems, the tiny
     task, the verifier, evaluation, files
@@ -1226,9 +1225,9 @@ def warm_start(config):
         labels[:, :len(problems[0].prompt)] = -100
         model(ids.to(DEVICE), labels=labels.to(DEVICE)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)  # up, then down to 0
+        ramp = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)  # up, then down to 0
         for optimizer, lr in (muon, 0.02), (adam, 0.003):
-            optimizer.param_groups[0]["lr"] = lr * factor
+            optimizer.param_groups[0]["lr"] = lr * ramp
             optimizer.step()
             optimizer.zero_grad()
     save_policy(folder, model, tokenizer)

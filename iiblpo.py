@@ -18,24 +18,20 @@ Every field of `Config` is a flag. A `training_step` does this:
 5. Update the policy, without latents, by GRPO's loss and the IB self-reward: `update`.
 
 The sections, in order:
-    Config, Trajectory
-    Stage 1: branching. Stage 2: the information bottleneck. The update. The training step. The run.
+    Config. Trajectory. Stage 1, branching. Stage 2, the information bottleneck. The update. The
+    training step. The run
     The latents' training; log-probabilities; the baselines; --show and --probe_heads
     Supporting code, repeated word for word in ib_tpo.py: sampling, the policy, problems, the tiny
     task, the verifier, evaluation, files
 Read as far as The run, and look up the functions after it when the method calls them.
 
-Left out: vLLM, sharded models, rewards other than right or wrong. In the released code a separate
-network learns the latents by reconstruction. Here they learn to make the policy's own responses
-likelier. README.md lists the other differences.
+Left out: vLLM, sharded models, rewards other than right or wrong. README.md lists what is ours.
 
 Marks: [P] the paper's abstract, figures and tables; [P, reported] the paper's text as others report
 it, because we could not read the text itself; [C] the released code; [O] our own choice. Other
 marks name their source.
-
 Shapes: B rows, T response tokens, P longest prompt of a batch, V vocabulary, H width of the model,
-D width of a head, Z latent dimensions, Q queries, C keys. H_t and H(...) are entropies. All
-information is in nats.
+D width of a head, Z latent dimensions, Q queries, C keys. Entropies, H_t and H(...), are in nats.
 """
 import contextlib
 import functools
@@ -133,13 +129,11 @@ class Config:
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
         "psa", "psa: each branch has its latent; random: branches differ by chance alone")
-    top_frac: float = setting(0.05, "rho: share of a response's tokens, those of highest entropy, "
-                              "one of which is t*", "0..1")
+    top_frac: float = setting(0.05, "rho: share of tokens, of highest H_t, that hold t*", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
                                "the run", "0..")
-    psa_halflife: float = setting(8.0, "tokens after which the shift of the norms halves",
-                                  "0.001..")
+    psa_halflife: float = setting(8.0, "tokens after which w_z halves", "0.001..")
     z_dim: int = setting(128, "dimensions of the latent", "1..")
     cvae_pairs: int = setting(512, "largest number of continuations to learn latents from", "1..")
     cvae_steps: int = setting(200, "training steps of the latents", "1..")
@@ -1529,9 +1523,9 @@ def warm_start(config):
         labels[:, :len(problems[0].prompt)] = -100
         model(ids.to(DEVICE), labels=labels.to(DEVICE)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)  # up, then down to 0
+        ramp = min(1, (step + 1) / 50) * (1 - step / config.warm_steps)  # up, then down to 0
         for optimizer, lr in (muon, 0.02), (adam, 0.003):
-            optimizer.param_groups[0]["lr"] = lr * factor
+            optimizer.param_groups[0]["lr"] = lr * ramp
             optimizer.step()
             optimizer.zero_grad()
     save_policy(folder, model, tokenizer)
