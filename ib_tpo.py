@@ -22,12 +22,9 @@ The sections, in order:
     task, the verifier, evaluation, files
 Read as far as The run, and look up the functions after it when the method calls them.
 
-Left out: vLLM, sharded models, rewards other than right or wrong.
-These settings differ from the paper's: [O]
-                   the paper                                  here
-    sampling       temperature 0.7, top-p 0.95, top-k 20      temperature 1, no truncation, so that
-                                                              ln π is that of the draw
-    by default     2k tokens, DAPO-Math-17K                   1,024 tokens, GSM8K
+Left out: vLLM, sharded models, rewards other than right or wrong. The paper samples at temperature
+0.7, top-p 0.95, top-k 20, up to 2k tokens, and trains on DAPO-Math-17K. Here it is temperature 1
+without truncation, so that ln π is that of the draw, and by default 1,024 tokens and GSM8K. [O]
 
 Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
 we could not read its text; [O] our own choice. Other marks name their source.
@@ -420,8 +417,8 @@ def step_advantages(root, config):
     return {step: step_advantage(step, root, config) for step in root.walk()[1:]}
 
 # ==== Update on packed trees
-#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 mean_t k3                                 [P]
-#          k3 = ρ - 1 - ln ρ, ρ = π_ref / π_θ, estimates the KL                              [GRPO]
+#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL                                        [P]
+#          the KL is estimated by k3 = ρ - 1 - ln ρ, ρ = π_ref / π_θ                         [GRPO]
 #          mean_t is over all tokens of the G trajectories, so that a shared token counts once
 #          for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0                   [O]
 # Steps that trajectories share are run once. The tree lies depth-first in one sequence. There a
@@ -494,14 +491,14 @@ def trees_loss(model, packs, config, reference):
     `sampling_gap` is |ln π - ln π_old|. Before a batch's first optimizer step it is rounding noise,
     or a bug.
     """
-    logp, weights = tree_logps(model, packs)  # [B, S]
-    old = pad([pack["logps"] for pack in packs]).to(DEVICE)
-    advantages = pad([pack["advantages"] for pack in packs]).to(DEVICE)
-    loss, means = policy_loss(logp, old, advantages, weights, config)
+    batch = stack_packs(packs)
+    old, weights = batch["logps"], batch["weights"]
+    logp = tree_logps(model, batch)  # [B, S]
+    loss, means = policy_loss(logp, old, batch["advantages"], weights, config)
     means["sampling_gap"] = ((logp - old).abs() * weights).sum() / weights.sum()
     if config.kl > 0:
         with torch.no_grad():
-            reference_logp, _ = tree_logps(reference, packs)
+            reference_logp = tree_logps(reference, batch)
         means["policy_kl"] = (k3(logp, reference_logp) * weights).sum() / weights.sum()
         loss = loss + config.kl * means["policy_kl"]
     return loss, means
@@ -666,32 +663,36 @@ def check_policy(model, tokenizer, reference, problems, config):
             for t in trajectories:
                 alone.append(row_logps(model, t) - t.logps[t.start:])
             for root in roots.values():
-                pack = pack_tree(root, dict.fromkeys(root.walk(), 0.0))
-                logp, weights = tree_logps(model, [pack])
-                packed.append((logp.cpu() - pack["logps"])[weights.cpu() > 0])
+                batch = stack_packs([pack_tree(root, dict.fromkeys(root.walk(), 0.0))])
+                gap = tree_logps(model, batch) - batch["logps"]
+                packed.append(gap[batch["weights"] > 0].cpu())
     except (TypeError, ValueError) as e:
         fail(f"{type(model).__name__} takes no packed trees: {e}")
     report_gaps({"a row alone": torch.cat(alone), "a packed tree": torch.cat(packed)})
 
-def tree_logps(model, packs):
-    """Return ln π of the tokens of packed trees (0 of prompts) and their weights, two [B, S]."""
-    ids = pad([pack["input_ids"] for pack in packs]).to(DEVICE)
-    previous = pad([pack["previous"] for pack in packs]).to(DEVICE)
-    weights = pad([pack["weights"] for pack in packs]).to(DEVICE)
-    # A token sees itself and all that the token before it sees; padding sees only itself
-    mask = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)  # [B, S, S]
+def stack_packs(packs):
+    """Return packed trees as one batch: their tensors padded to [B, S], and which token sees which.
+
+    The latter is attention_mask, bool [B, S, S]. A token sees itself and all that the token before
+    it sees. Padding sees only itself: if it saw nothing, it would be NaN.
+    """
+    batch = {name: pad([pack[name] for pack in packs]).to(DEVICE) for name in packs[0]}
+    mask = torch.eye(batch["input_ids"].shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)
     for sees, pack in zip(mask, packs):
         for i, before in enumerate(pack["previous"].tolist()):
             sees[i] |= sees[before]
-    mask = mask.to(DEVICE)
+    return batch | {"attention_mask": mask.to(DEVICE)}
+
+def tree_logps(model, batch):
+    """Return ln π of the tokens of stacked trees, 0 of prompts and padding, [B, S]."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     with autocast():
         states = model.base_model(input_ids=ids, attention_mask=mask[:, None], use_cache=False,
                                   position_ids=mask.sum(-1) - 1).last_hidden_state
-        row, column = (weights > 0).nonzero(as_tuple=True)
-        predictors = states[row, previous[row, column]]
+        row, column = (batch["weights"] > 0).nonzero(as_tuple=True)
+        predictors = states[row, batch["previous"][row, column]]
         logp, _ = head_logps(model, predictors, ids[row, column])
-    zeros = torch.zeros(ids.shape, device=DEVICE)
-    return zeros.index_put((row, column), logp), weights
+    return torch.zeros(ids.shape, device=DEVICE).index_put((row, column), logp)
 
 def trajectory_tokens(packs):
     """Return how many tokens the trajectories of packed trees have, shared ones each time."""

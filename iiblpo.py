@@ -129,7 +129,7 @@ class Config:
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
         "psa", "psa: each branch has its latent; random: branches differ by chance alone")
-    top_frac: float = setting(0.05, "rho: share of tokens, of highest H_t, that hold t*", "0..1")
+    top_frac: float = setting(0.05, "rho: t* is drawn from this share of tokens, by H_t", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
                                "the run", "0..")
@@ -587,8 +587,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch, a mean over its own tokens, and more means over them.
 
-    `sampling_gap` is the mean of |ln π - ln π_old|, where tokens of branches count as 0, because
-    they had a latent. Before a batch's first optimizer step it is rounding noise, or a bug.
+    `sampling_gap` is |ln π - ln π_old| of the initial rollouts, which have no latent, and 0 of
+    branches. `update` divides it by `rollout_share`, the rollouts' share of the tokens. Before a
+    batch's first optimizer step the gap is rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -598,8 +599,9 @@ def responses_loss(model, batch, config):
         loss = loss - config.kappa * ib_self_reward(entropy, advantages, mask)
     if config.method == "entropy_reg":
         loss = loss - config.entropy_bonus * (entropy * mask).sum() / mask.sum()
-    is_rollout = torch.tensor([[not t.is_branch] for t in batch], device=DEVICE)
-    means["sampling_gap"] = ((logp - old).abs() * mask * is_rollout).sum() / mask.sum()
+    of_rollout = mask & torch.tensor([[not t.is_branch] for t in batch], device=DEVICE)
+    means["sampling_gap"] = ((logp - old).abs() * of_rollout).sum() / mask.sum()
+    means["rollout_share"] = of_rollout.sum() / mask.sum()
     return loss, means
 
 def update(model, optimizer, batch, config):
@@ -609,7 +611,7 @@ def update(model, optimizer, batch, config):
     Responses of advantage 0 are not run, because they have no gradient, except in `entropy_reg`.
     But their tokens count in the mean that is the loss. Other means are over the tokens run.
     """
-    sums = Counter(loss=0, tokens_trained=0, sampling_gap=0)
+    sums = Counter(loss=0, tokens_trained=0, sampling_gap=0, rollout_share=0)
     norm = 0.0
     for i in range(config.updates_per_step):
         minibatch = batch[i::config.updates_per_step]
@@ -627,7 +629,9 @@ def update(model, optimizer, batch, config):
             add_means(sums, means, own_tokens(micro))
         if sum(gather([len(minibatch)])) > 0:  # else AdamW would step by its momentum alone
             norm = take_step(model, optimizer, config)
-    return total_means(sums) | {"grad_norm": norm}
+    metrics = total_means(sums) | {"grad_norm": norm}
+    metrics["sampling_gap"] /= metrics.pop("rollout_share") or 1  # 1 if no rollout was trained
+    return metrics
 
 # ==== The training step
 
@@ -732,7 +736,7 @@ def train(config):
 # ==== The latents' training and log-probabilities; the baselines, --show and --probe_heads
 
 def prepare(model, config):
-    """Return the latents (cvae, psa), or an empty module list for methods that have none.
+    """Seed torch; return the latents (cvae, psa), or an empty module list for methods without.
 
     End the program with a one-line message if the model has no RMSNorm for a latent to shift.
     """
@@ -964,10 +968,10 @@ def show(config):
     return candidates
 
 # The paper is reported to look for attention heads that react to a prompt's difficulty. Training
-# does not use them. [P, reported] The recipe follows [arXiv 2510.05969]: a prompt's difficulty is 1
-# minus its pass rate. For each head, a ridge regression predicts it from the head's output at the
-# prompt's last token. The head's score is the Spearman correlation of prediction and difficulty on
-# prompts not fitted. [O]
+# does not use them. [P, reported] The recipe is ours, after [arXiv 2510.05969]. A prompt's
+# difficulty is 1 minus its pass rate. For each head, a ridge regression predicts it from the head's
+# output at the prompt's last token. The head's score is the Spearman correlation of prediction and
+# difficulty on prompts not fitted. [O]
 
 @torch.no_grad()
 def head_outputs(model, problems):
