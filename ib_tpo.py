@@ -136,7 +136,7 @@ class Config:
     updates_per_step: int = setting(1, "minibatches per batch, one optimizer step each; with 1, "
                                     "all ratios are 1", "1..")
     clip_low: float = setting(0.2, "lower clip: the ratio is clipped at 1 - clip_low", "0..1")
-    clip_high: float = setting(0.2, "upper clip: at 1 + clip_high", "0..")
+    clip_high: float = setting(0.2, "upper clip: at 1 + clip_high", "0..2")
     kl: float = setting(0.001, "weight of the KL to the frozen starting policy", "0..")
     max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped", "0..")
     micro_tokens: int = setting(4096, "largest training pass, in tokens; a larger tree is a pass "
@@ -279,7 +279,7 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
 def prefix_at(node, problem):
     """Return a trajectory whose response is the steps down to a node, to be continued."""
     path = node.path()
-    # The problem's own tensors are empty; at the root they keep `cat` from an empty list
+    # The problem's tensors are empty: at the root they are all there is, and `cat` needs a tensor
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
                    entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
@@ -323,9 +323,9 @@ def grow(model, tokenizer, problems, config, rng):
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b), over the n sub-steps s_b sampled at v   [P]
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
 #   confidence        η₂(s) = π(s)                                                     [P]
-# Our reconstruction of how (2) follows from (1): [O]
+# Our reconstruction of how (2) follows, if H(s|a*,v) is a cross-entropy in place of Gini's: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
-#   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            a cross-entropy, not Gini's
+#   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
 #   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as (2) does
 # With the Gini entropy that (1) names, 1 - Σ_s π(s|a*,v)², (2) does not follow. With the geometric
@@ -371,8 +371,8 @@ def select_nodes(root, k, sampler, config, rng):
         fixed    the shallowest ones                                                           [O]
 
     `entropy` is in place of EPTree, which branches inside a step, at the token of highest -ln π.
-    `fixed` is in place of TreePO, which branches every so many tokens. Both first take the nodes
-    that were branched from least often. If there are fewer than k nodes, they are repeated.
+    `fixed` is in place of TreePO, which branches every so many tokens. `entropy` and `fixed` first
+    take the nodes branched from least often. If there are fewer than k nodes, they are repeated.
     """
     nodes = [n for n in root.walk() if n.children and n.end < config.max_new_tokens]
     if sampler == "ib":
@@ -426,22 +426,23 @@ def step_advantages(root, config):
 # trajectories through it. The gradient is that of G separate rows with the advantages A(s). [O]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """Return the clipped part of the loss, and statistics: the mean ratio, the share of tokens cut.
+    """Return the clipped part of the loss, and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T]. ib_tpo.py has advantages of tokens,
-    and weights for a mask. Where A < 0, PPO's clip leaves r_t unbounded, and the dual clip bounds
-    it by 3. [arXiv 1912.09729] A token is cut where one of the bounds makes its gradient 0.
+    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T] where each token has its own. The mask
+    may hold weights. min(r_t A, clip(r_t) A) bounds the ratio r_t on one side only, from above
+    where A > 0, and from below where A < 0. The dual clip also bounds it by 3 where A < 0.
+    [arXiv 1912.09729] A token whose ratio is out of bounds has gradient 0, and counts as clipped.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
-    cut = torch.where(advantages > 0, ratio > 1 + config.clip_high,
-                      (ratio < 1 - config.clip_low) | (ratio > 3.0)) & (advantages != 0)
+    lowest = torch.where(advantages > 0, 0.0, 1 - config.clip_low)
+    highest = torch.where(advantages > 0, 1 + config.clip_high, 3.0)
+    bounded = ratio.clamp(lowest, highest)
+    clipped = (bounded != ratio) & (advantages != 0)
     tokens = mask.sum()
-    stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
-    return -(objective * mask).sum() / tokens, stats
+    stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (clipped * mask).sum() / tokens}
+    return -(bounded * advantages * mask).sum() / tokens, stats
 
 def pack_tree(root, advantages):
     """Pack a tree into one sequence of S tokens: the prompt, then every step exactly once.
@@ -506,11 +507,11 @@ def trees_loss(model, packs, config, reference):
 def update_on_trees(model, optimizer, roots, config, reference=None):
     """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
 
-    A tree whose advantages are all 0, as they are without A_IB if all or no responses are right, is
-    run only for the KL. But its tokens count in the mean that is the loss.
+    Without A_IB, a tree whose responses are all right or all wrong has advantages of 0. It is run
+    only if there is a KL. Its tokens count in the mean that is the loss all the same.
     """
     packs = [pack_tree(root, step_advantages(root, config)) for root in roots]
-    sums = Counter(loss=0, tokens_trained=0, tokens_unique=0)
+    sums = Counter(loss=0, tokens_trained=0, tokens_unique=0)  # logged even if nothing is trained
     norm = 0.0
     for i in range(config.updates_per_step):
         minibatch = packs[i::config.updates_per_step]
@@ -695,7 +696,7 @@ def tree_logps(model, batch):
     return torch.zeros(ids.shape, device=DEVICE).index_put((row, column), logp)
 
 def trajectory_tokens(packs):
-    """Return how many tokens the trajectories of packed trees have, shared ones each time."""
+    """Return the number of tokens of all trajectories; one that n of them share counts n times."""
     return sum(pack["weights"].sum().item() for pack in packs)
 
 def show(config):
@@ -734,7 +735,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: "repository:configuration"; behind it, its columns and who else reads them
+HUB = {  # name: "repository:configuration"; then its columns, and a project that reads it, too
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -809,7 +810,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows that may go on for long share a call.
+    # A call runs until its longest row ends, so rows are grouped by what they may still sample
     sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
@@ -999,7 +1000,7 @@ def end_tokens(model, tokenizer):
     if tokenizer.chat_template:
         # The token that ends a chat turn ends a response, too, even if only the template names it.
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        rest = apply_template(tokenizer, turns, tokenize=False).rpartition("!")[2]
+        rest = apply_template(tokenizer, turns, tokenize=False).rpartition("!")[2]  # after "!"
         ids = tokenizer(rest, add_special_tokens=False).input_ids
         eos = eos + [token for token in ids[:1] if token in tokenizer.added_tokens_decoder]
     return list(dict.fromkeys(eos))
@@ -1145,7 +1146,7 @@ def chain_value(question):
     """Return the value by ordinary precedence, modulo 10: "3+4*2=" -> "1"."""
     expression = question.rstrip("=")
     while len(expression) > 1:
-        expression = reduce_at(expression, max(1, expression.find("*")))
+        expression = reduce_at(expression, max(1, expression.find("*")))  # -1 if there is no *
     return expression
 
 def is_sound(question, text):
@@ -1283,7 +1284,7 @@ def extract_answer(text):
 #   split_list, ITEM      the parts of a list            name x, value (2+\frac12), unit cm
 #   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
 #   OPERATORS             `expression` calculates it     2.5
-# In READ_AS, ~ is a blank, which its pairs cannot contain.
+# A pair of READ_AS is from=>to, so <==>\le~ reads <= as \le and a blank, for which ~ stands.
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
@@ -1329,11 +1330,12 @@ def operand(tokens):
     """Take a number, letter, bracket, fraction or root off `tokens`: ["2", "+", "3"] -> 2."""
     token = tokens.pop(0)
     if token == "-":
-        return -expression(tokens, 3)
+        return -expression(tokens, 3)  # -2^2 is -(2^2), but -2*3 is (-2)*3
     if token in ("(", "{"):
         value = expression(tokens)
-        if tokens.pop(0) in (")", "}"):
-            return value
+        if tokens.pop(0) not in (")", "}"):
+            raise ValueError("a bracket is not closed")
+        return value
     if token == r"\frac":
         return operand(tokens) / operand(tokens)
     if token.startswith(r"\sqrt"):
@@ -1341,7 +1343,8 @@ def operand(tokens):
     if token == r"\pi":
         return +REALS.pi
     if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
-        return REALS.mpc(*map(random.Random(token).uniform, (0.7, 0.7), (1.4, 1.4)))
+        rng = random.Random(token)
+        return REALS.mpc(rng.uniform(0.7, 1.4), rng.uniform(0.7, 1.4))
     if token[:1] not in set(".0123456789"):
         raise ValueError(f"{token!r} begins no operand")
     return REALS.mpf(token)
@@ -1376,10 +1379,10 @@ def value_of(text):
     if len(parts) > 1 and text[0] in "([" and text[-1] in ")]":
         return text[0] + ",".join(map(value_of, parts)) + text[-1]
     words = " ".join(TOKEN.findall(text))
-    tokens = re.sub(PRODUCT, " * ", words).split() + [""]
+    tokens = re.sub(PRODUCT, " * ", words).split() + [""]  # "" is the end
     with contextlib.suppress(ValueError, TypeError, ArithmeticError, IndexError, RecursionError):
         value = expression(tokens)
-        if tokens == [""]:
+        if tokens == [""]:  # all was read
             return REALS.nstr(REALS.chop(value), 200)
     # No number: compare as text, words without regard to case, single letters with it
     words = re.sub(r"\{ (\S+) \}", r"\1", words)
@@ -1630,6 +1633,7 @@ def print_table(folder, summary):
     """Print results before and after training, and GRPO's with this seed if they are at hand."""
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
+    # Where a run of GRPO with this model and seed is, if it is beside this one
     grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)
     if (grpo / "summary.json").exists() and grpo != folder:
         other = json.loads((grpo / "summary.json").read_text(encoding="utf-8"))
@@ -1638,7 +1642,7 @@ def print_table(folder, summary):
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print(f"\nto compare: run --method grpo --out {grpo}, then this again with --resume")
+        print(f"\nto compare: run --method grpo --out {grpo}; then --resume this run to see both")
     print(f"\n{table.round(3)}\n\n{in_words(summary)}")
     print(f"{summary['seconds']:.0f} s; everything is in {folder}")
 
@@ -1669,11 +1673,7 @@ def main(argv=None):
         fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
              f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
     except KeyboardInterrupt:
-        training = not config.show
-        if training and (folder_of(config) / "state.pt").exists():
-            print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
-        elif training:
-            print("interrupted before the first checkpoint: start again", file=sys.stderr)
+        print("interrupted: --resume goes on with a run that has a checkpoint", file=sys.stderr)
         raise
 
 if __name__ == "__main__":

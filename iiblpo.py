@@ -147,7 +147,7 @@ class Config:
     lr: float = setting(1e-6, "learning rate of AdamW", "0..")
     updates_per_step: int = setting(1, "minibatches per batch, each with an optimizer step", "1..")
     clip_low: float = setting(0.2, "lower clip: the ratio is clipped at 1 - clip_low", "0..1")
-    clip_high: float = setting(0.2, "upper clip: at 1 + clip_high (dapo: at least 0.28)", "0..")
+    clip_high: float = setting(0.2, "upper clip: at 1 + clip_high (dapo: at least 0.28)", "0..2")
     entropy_bonus: float = setting(0.003, "entropy_reg: weight of the mean entropy", "0..")
     max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped", "0..")
     micro_tokens: int = setting(4096, "largest training pass, in tokens: rows x longest row", "1..")
@@ -212,7 +212,7 @@ class Trajectory:
 #                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = γ W_K z,  v_z = γ W_V z,  w_z = γ 2^(-age/half-life) W_N z      [O]
-#                          age is the number of tokens since t*                        [O]
+#                          age is 0 in the column that predicts o_t*, then 1, 2, ...   [O]
 #                          γ falls linearly to 0 over the run: see set_schedule        [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
@@ -223,9 +223,9 @@ class Trajectory:
 def branch_positions(entropy, mask, top_frac, generator=None):
     """Return a branching position t* for each response, [B]; entropy, mask: [B, T].
 
-    t* is drawn from Ω. Let n count the positions in the mask but the first, where a branch would be
-    one more rollout. Ω holds the floor(ρ n) of them that have the highest entropy, at least one.
-    The position of EOS counts. [C] A response of one token has t* = 0.
+    t* is drawn from Ω. The first position is left out, because a branch from there would be one
+    more rollout. Of the n others, Ω holds the floor(ρ n) of highest entropy, at least one. The
+    position of EOS counts. [C] A response of one token has t* = 0.
     """
     chosen = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
@@ -248,8 +248,8 @@ class LatentCVAE(torch.nn.Module):
     """The prior p_ψ(z | c) and the posterior q_φ(z | c, o_>=t*) of a conditional VAE. [P]
 
     Both are three-layer MLPs that give diagonal Gaussians. [C] Their inputs e(c) and e(o_>=t*),
-    [B, H], are the policy's mean last hidden states of prefix and continuation. The released code
-    has a DeBERTa encoder. [O]
+    [B, H], are the policy's mean last hidden states of prefix and continuation, where the released
+    code has a DeBERTa encoder. [O]
     """
 
     def __init__(self, width, z_dim):
@@ -283,10 +283,10 @@ class PseudoSelfAttention(torch.nn.Module):
 
     It enters the last four layers, and its maps are initialised with std 0.01. [C]
     Each layer has its own linear maps. The key k_z gets no rotary embedding. A column is a position
-    of the padded input. The state of column `born` predicts o_t*, and the age of a column is
-    column - born. Columns before `born` see neither the latent's slot nor the shifted norms. [O]
-    The slot takes attention even if γ is small, because a key near zero still has a weight. It is
-    removed only at γ = 0.
+    of the padded input. Column `born` holds the last token of c, so its state predicts o_t*. The
+    age of a column is column - born. Columns before `born` see neither the latent's slot nor the
+    shifted norms. [O]
+    A key near zero still takes attention, so the slot has a weight until γ is 0.
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
 
@@ -421,7 +421,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   self-reward   S_IB itself                                                         [P]
 #                 in its place κ mean_t(A H_t), as in IBRO; A is the advantage below  [C]
 # Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
-# all responses to a prompt, so standardising removes it.
+# all responses to a prompt, so standardising removes it. The estimate has r̄ in the place of r,
+# because after r's own answer ln π(a*) would tell no more than whether that answer is right.
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
 # We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
 # token depended on another. So long responses score low. Per token, loops score lowest, because
@@ -445,7 +446,7 @@ def answer_gain(model, tokenizer, trajectories, config):
 
 def frequency_entropy(trajectories):
     """Return h: the entropy of the frequencies of the tokens that the trajectories sampled."""
-    sampled = gather([t.response[t.start:] for t in trajectories])
+    sampled = gather([t.response[t.start:] for t in trajectories])  # of all processes
     counts = Counter(token for tokens in sampled for token in tokens)
     p = torch.tensor([*counts.values()]) / counts.total()
     return -(p * p.log()).sum().item()
@@ -527,8 +528,8 @@ def explore(model, tokenizer, latents, problems, config):
 #              times n/k, if k of n candidates of the same prompt and R are kept [O]
 #   ratio      r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)              [O]
 #   loss       L = -mean_t min(r_t A, clip(r_t) A)                             [P]
+#                  - κ mean_t(A H_t), the self-reward                          [C]
 #              where A < 0, r_t is bounded by 3, as in verl's dual clip        [C]
-#              - κ mean_t(A H_t), the self-reward                              [C]
 #              mean_t is over the own tokens of the responses kept, which are those from
 #              t* on in a branch; tokens with A = 0 count, too                 [O]
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
@@ -567,29 +568,31 @@ def set_advantages(candidates, kept):
         t.advantage *= n[t.group, t.reward] / k[t.group, t.reward]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """Return the clipped part of the loss, and statistics: the mean ratio, the share of tokens cut.
+    """Return the clipped part of the loss, and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T]. ib_tpo.py has advantages of tokens,
-    and weights for a mask. Where A < 0, PPO's clip leaves r_t unbounded, and the dual clip bounds
-    it by 3. [arXiv 1912.09729] A token is cut where one of the bounds makes its gradient 0.
+    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T] where each token has its own. The mask
+    may hold weights. min(r_t A, clip(r_t) A) bounds the ratio r_t on one side only, from above
+    where A > 0, and from below where A < 0. The dual clip also bounds it by 3 where A < 0.
+    [arXiv 1912.09729] A token whose ratio is out of bounds has gradient 0, and counts as clipped.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective = torch.minimum(ratio.clamp(max=3.0) * advantages, clipped * advantages)
-    cut = torch.where(advantages > 0, ratio > 1 + config.clip_high,
-                      (ratio < 1 - config.clip_low) | (ratio > 3.0)) & (advantages != 0)
+    lowest = torch.where(advantages > 0, 0.0, 1 - config.clip_low)
+    highest = torch.where(advantages > 0, 1 + config.clip_high, 3.0)
+    bounded = ratio.clamp(lowest, highest)
+    clipped = (bounded != ratio) & (advantages != 0)
     tokens = mask.sum()
-    stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (cut * mask).sum() / tokens}
-    return -(objective * mask).sum() / tokens, stats
+    stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (clipped * mask).sum() / tokens}
+    return -(bounded * advantages * mask).sum() / tokens, stats
 
 def responses_loss(model, batch, config):
     """Return L of a micro-batch, a mean over its own tokens, and more means over them.
 
-    `sampling_gap` is |ln π - ln π_old| of the initial rollouts, which have no latent, and 0 of
-    branches. `update` divides it by `rollout_share`, the rollouts' share of the tokens. Before a
-    batch's first optimizer step the gap is rounding noise, or a bug.
+    `sampling_gap` sums |ln π - ln π_old| over the tokens of initial rollouts, which were sampled
+    without a latent, and `rollout_share` counts these tokens. Both are divided by the number of all
+    tokens. `update` divides the one by the other. Before a batch's first optimizer step the gap is
+    rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -609,7 +612,7 @@ def update(model, optimizer, batch, config):
 
     A branch is trained from t* on, because the tokens before are its parent's. [C]
     Responses of advantage 0 are not run, because they have no gradient, except in `entropy_reg`.
-    But their tokens count in the mean that is the loss. Other means are over the tokens run.
+    But their tokens count in the loss's mean. Other means are over the tokens run; without any, 0.
     """
     sums = Counter(loss=0, tokens_trained=0, sampling_gap=0, rollout_share=0)
     norm = 0.0
@@ -630,7 +633,7 @@ def update(model, optimizer, batch, config):
         if sum(gather([len(minibatch)])) > 0:  # else AdamW would step by its momentum alone
             norm = take_step(model, optimizer, config)
     metrics = total_means(sums) | {"grad_norm": norm}
-    metrics["sampling_gap"] /= metrics.pop("rollout_share") or 1  # 1 if no rollout was trained
+    metrics["sampling_gap"] /= metrics.pop("rollout_share") or 1  # 0 if no rollout was trained
     return metrics
 
 # ==== The training step
@@ -828,7 +831,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     model.requires_grad_(False)
     for _ in progress(range(config.cvae_steps), "training the latents"):
         drawn = torch.randperm(len(pairs))[:32]
-        with torch.no_grad():  # free bits: a dimension's KL counts if its mean exceeds 0.5 nats
+        with torch.no_grad():  # free bits: whose KL exceeds 0.5 nats in the mean over all 32 rows
             prefix, continuation = states[:, drawn]  # e(c) and e(o_>=t*), [32, H]
             posterior, prior = cvae.posterior(prefix, continuation), cvae.prior(prefix)
             penalised = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
@@ -900,8 +903,9 @@ def cue_of(prompt):
     return "#### " if "####" in prompt else "#"
 
 def answer_probe(t, said, cue, tokenizer):
-    """Return a trajectory of `said`, the cue and the gold answer, with only the last as its own.
+    """Return a trajectory whose response is `said`, the cue and the gold answer.
 
+    Only the answer counts as its own tokens, so `token_logps` scores nothing else.
     The text is tokenised as a whole, because one token may hold the end of the cue and the start of
     the answer, as "{\\" does in "\\boxed{\\frac12". So the answer begins at the first token that
     differs from those of `said` and the cue alone.
@@ -1035,7 +1039,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: "repository:configuration"; behind it, its columns and who else reads them
+HUB = {  # name: "repository:configuration"; then its columns, and a project that reads it, too
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -1110,7 +1114,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows that may go on for long share a call.
+    # A call runs until its longest row ends, so rows are grouped by what they may still sample
     sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
@@ -1300,7 +1304,7 @@ def end_tokens(model, tokenizer):
     if tokenizer.chat_template:
         # The token that ends a chat turn ends a response, too, even if only the template names it.
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        rest = apply_template(tokenizer, turns, tokenize=False).rpartition("!")[2]
+        rest = apply_template(tokenizer, turns, tokenize=False).rpartition("!")[2]  # after "!"
         ids = tokenizer(rest, add_special_tokens=False).input_ids
         eos = eos + [token for token in ids[:1] if token in tokenizer.added_tokens_decoder]
     return list(dict.fromkeys(eos))
@@ -1446,7 +1450,7 @@ def chain_value(question):
     """Return the value by ordinary precedence, modulo 10: "3+4*2=" -> "1"."""
     expression = question.rstrip("=")
     while len(expression) > 1:
-        expression = reduce_at(expression, max(1, expression.find("*")))
+        expression = reduce_at(expression, max(1, expression.find("*")))  # -1 if there is no *
     return expression
 
 def is_sound(question, text):
@@ -1584,7 +1588,7 @@ def extract_answer(text):
 #   split_list, ITEM      the parts of a list            name x, value (2+\frac12), unit cm
 #   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
 #   OPERATORS             `expression` calculates it     2.5
-# In READ_AS, ~ is a blank, which its pairs cannot contain.
+# A pair of READ_AS is from=>to, so <==>\le~ reads <= as \le and a blank, for which ~ stands.
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
@@ -1630,11 +1634,12 @@ def operand(tokens):
     """Take a number, letter, bracket, fraction or root off `tokens`: ["2", "+", "3"] -> 2."""
     token = tokens.pop(0)
     if token == "-":
-        return -expression(tokens, 3)
+        return -expression(tokens, 3)  # -2^2 is -(2^2), but -2*3 is (-2)*3
     if token in ("(", "{"):
         value = expression(tokens)
-        if tokens.pop(0) in (")", "}"):
-            return value
+        if tokens.pop(0) not in (")", "}"):
+            raise ValueError("a bracket is not closed")
+        return value
     if token == r"\frac":
         return operand(tokens) / operand(tokens)
     if token.startswith(r"\sqrt"):
@@ -1642,7 +1647,8 @@ def operand(tokens):
     if token == r"\pi":
         return +REALS.pi
     if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
-        return REALS.mpc(*map(random.Random(token).uniform, (0.7, 0.7), (1.4, 1.4)))
+        rng = random.Random(token)
+        return REALS.mpc(rng.uniform(0.7, 1.4), rng.uniform(0.7, 1.4))
     if token[:1] not in set(".0123456789"):
         raise ValueError(f"{token!r} begins no operand")
     return REALS.mpf(token)
@@ -1677,10 +1683,10 @@ def value_of(text):
     if len(parts) > 1 and text[0] in "([" and text[-1] in ")]":
         return text[0] + ",".join(map(value_of, parts)) + text[-1]
     words = " ".join(TOKEN.findall(text))
-    tokens = re.sub(PRODUCT, " * ", words).split() + [""]
+    tokens = re.sub(PRODUCT, " * ", words).split() + [""]  # "" is the end
     with contextlib.suppress(ValueError, TypeError, ArithmeticError, IndexError, RecursionError):
         value = expression(tokens)
-        if tokens == [""]:
+        if tokens == [""]:  # all was read
             return REALS.nstr(REALS.chop(value), 200)
     # No number: compare as text, words without regard to case, single letters with it
     words = re.sub(r"\{ (\S+) \}", r"\1", words)
@@ -1931,6 +1937,7 @@ def print_table(folder, summary):
     """Print results before and after training, and GRPO's with this seed if they are at hand."""
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
+    # Where a run of GRPO with this model and seed is, if it is beside this one
     grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)
     if (grpo / "summary.json").exists() and grpo != folder:
         other = json.loads((grpo / "summary.json").read_text(encoding="utf-8"))
@@ -1939,7 +1946,7 @@ def print_table(folder, summary):
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
-        print(f"\nto compare: run --method grpo --out {grpo}, then this again with --resume")
+        print(f"\nto compare: run --method grpo --out {grpo}; then --resume this run to see both")
     print(f"\n{table.round(3)}\n\n{in_words(summary)}")
     print(f"{summary['seconds']:.0f} s; everything is in {folder}")
 
@@ -1972,11 +1979,7 @@ def main(argv=None):
         fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
              f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
     except KeyboardInterrupt:
-        training = not (config.show or config.probe_heads)
-        if training and (folder_of(config) / "state.pt").exists():
-            print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
-        elif training:
-            print("interrupted before the first checkpoint: start again", file=sys.stderr)
+        print("interrupted: --resume goes on with a run that has a checkpoint", file=sys.stderr)
         raise
 
 if __name__ == "__main__":

@@ -1182,7 +1182,7 @@ def test_the_table_shows_what_grpo_got_with_the_same_settings(folder, capsys):
         run("--max_steps", 1, *flags)
         return capsys.readouterr().out
 
-    hint = "to compare: run --method grpo --out runs/grpo-policy-0, then this again with --resume"
+    hint = "run --method grpo --out runs/grpo-policy-0; then --resume this run to see both"
     assert hint in printed("--out", "runs/alone")
     assert "GRPO's" not in printed("--method", "grpo") and "GRPO's" in printed()
     for flags in ("--eval_prompts=5", "--seed=1", "--habit=0", "--warm_steps=9"):
@@ -1340,11 +1340,11 @@ def test_bars_appear_in_a_log_file_at_least_every_half_minute():
     assert m.progress.keywords["delay"] <= 10 and m.progress.keywords["mininterval"] <= 30
 
 def test_ctrl_c_says_what_is_true(folder, monkeypatch, capsys):
-    for name, said in (("evaluate", "before the first checkpoint"), ("update", "--resume goes on")):
+    for name in ("evaluate", "update"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(m, name, Mock(side_effect=KeyboardInterrupt))
             run("--method", "grpo", "--out", name)
-        assert said in capsys.readouterr().err
+        assert "with a run that has a checkpoint" in capsys.readouterr().err
         assert Path(name, "state.pt").exists() == (name == "update")
 
 def test_a_run_s_folder_names_its_model(folder):
