@@ -968,7 +968,8 @@ def show(config):
     for t in candidates:
         fate = "kept" if t in kept else "dropped"
         print(f"\nreward {t.reward:.0f}, S_IB {t.score:+.2f}, {fate}:")
-        print(tokenizer.decode(t.response[:t.start]) + "▸" + tokenizer.decode(t.response[t.start:]))
+        prefix, own = tokenizer.decode(t.response[:t.start]), tokenizer.decode(t.response[t.start:])
+        print(f"{prefix}▸{own}" if t.is_branch else own)
     return candidates
 
 # The paper is reported to look for attention heads that react to a prompt's difficulty. Training
@@ -1604,25 +1605,29 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     (r"(?:\\[,;:! ()\[\]]|(?<!\\)\$|~|\s)+", " "),  # $x\ y$ -> x y
     (r"^ ?(-?)\\\$(.*?)(?: dollars)?[ .]*$", r"\1\2 dollars"),  # \$5 -> 5 dollars
     (r"(?<![^,])([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),  # 1\pm2 -> 1+2,1-2
-    (r"(?<![^(\[,=]) *\+|\\[${}]|\^ ?\{?\\circ\}?|[. ]+$|^ +|, *(?=,)", ""),  # \{90^\circ\}. -> 90
+    (r"(?<![^(\[,=]) *\+|\\[${}]|\^ ?\{?\\circ\}?", ""),  # +5 -> 5, \{90^\circ\} -> 90
+    (r"[. ]+$|^ +|, *(?=,)", ""),  # 1,,2. -> 1,2
     (r"(?<![\w.)}!])(1?\d)!", lambda n: str(math.factorial(int(n[1])))),  # 3! -> 6
     # 1,000 or 1 000 -> 1000, only as a whole answer or after "="
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
-WORD = (r"(?:(?!(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
-        r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b)"
-        r"[A-Za-z]{3,}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)")  # a word of a unit, but of no number
-NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"
-# Groups: 1 name before = or \in, 2 value, 3 unit. A unit is behind a digit, a bracket or pi. Except
-# for %, cm, km, mm and kg there is a blank between number and unit: "x = 5 cm" -> x, 5, cm
-ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*?)(?:(?:(?<=[\d)}}])|(?<=pi)) ?(%|"
-                  rf"(?:(?<= )|(?=[ckm]m\b|kg)){WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?) *)?")
-# Alternatives: digits of \frac, numbers, \sqrt[n], letters of a product, words, other signs.
-# "\frac12" -> \frac 1 2, and "xy" -> x y, but "no", "on" and "ln" stay words
-TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|"
-                   r"\\sqrt\[\d+\]|(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|\\?[A-Za-z]+|\S")
-# The blank that means "times": 2 x -> 2 * x, but not inside \frac 1 2
-PRODUCT = r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) (?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))"
+NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
+               r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b")
+UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
+NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"  # x_1, f(x), |x|
+# "x = 5 cm" -> x, 5, cm. There is a blank before a unit, if it is not %, cm, km, mm or kg
+ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?"  # a name, before the last = or \in
+                  r"(.*?)"  # the value
+                  r"(?:(?:(?<=[\d)}])|(?<=pi)) ?"  # a unit is behind a digit, a bracket or pi
+                  rf"(%|(?:(?<= )|(?=[ckm]m\b|kg)){UNIT_WORD}(?:[ /]{UNIT_WORD})*"
+                  r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power: cm^2
+TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by one
+                   r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
+                   r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # x of xy, but no, on, ln stay
+                   r"\\?[A-Za-z]+|\S")  # words and other signs
+# The blank that means "times", as in 2 x and 2 \pi, but not those inside \frac 1 2
+PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
+           r"(?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))")
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
@@ -1858,11 +1863,6 @@ def save_policy(folder, model, tokenizer):
     def write(new):
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        # transformers 4 does not know the class that transformers 5 writes; both know this one
-        file = new / "tokenizer_config.json"
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     save_atomically(folder, write)
 
