@@ -428,10 +428,9 @@ def step_advantages(root, config):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return the clipped part of the loss, and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T] where each token has its own. The mask
-    may hold weights. min(r_t A, clip(r_t) A) bounds the ratio r_t on one side only, from above
-    where A > 0, and from below where A < 0. The dual clip also bounds it by 3 where A < 0.
-    [arXiv 1912.09729] A token whose ratio is out of bounds has gradient 0, and counts as clipped.
+    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T]; the mask may hold weights. The term
+    min(r_t A, clip(r_t) A) bounds r_t from above where A > 0, and from below where A < 0. There the
+    dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]

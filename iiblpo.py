@@ -282,10 +282,9 @@ class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
     It enters the last four layers, and its maps are initialised with std 0.01. [C]
-    Each layer has its own linear maps. The key k_z gets no rotary embedding. A column is a position
-    of the padded input. Column `born` holds the last token of c, so its state predicts o_t*. The
-    age of a column is column - born. Columns before `born` see neither the latent's slot nor the
-    shifted norms. [O]
+    Each layer has its own linear maps. The key k_z gets no rotary embedding. Column `born` of the
+    padded input holds the last token of c, so its state predicts o_t*. The age of a column is
+    column - born. Columns before `born` see neither the latent's slot nor the shifted norms. [O]
     A key near zero still takes attention, so the slot has a weight until γ is 0.
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
@@ -570,10 +569,9 @@ def set_advantages(candidates, kept):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return the clipped part of the loss, and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T] where each token has its own. The mask
-    may hold weights. min(r_t A, clip(r_t) A) bounds the ratio r_t on one side only, from above
-    where A > 0, and from below where A < 0. The dual clip also bounds it by 3 where A < 0.
-    [arXiv 1912.09729] A token whose ratio is out of bounds has gradient 0, and counts as clipped.
+    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T]; the mask may hold weights. The term
+    min(r_t A, clip(r_t) A) bounds r_t from above where A > 0, and from below where A < 0. There the
+    dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -590,9 +588,8 @@ def responses_loss(model, batch, config):
     """Return L of a micro-batch, a mean over its own tokens, and more means over them.
 
     `sampling_gap` sums |ln π - ln π_old| over the tokens of initial rollouts, which were sampled
-    without a latent, and `rollout_share` counts these tokens. Both are divided by the number of all
-    tokens. `update` divides the one by the other. Before a batch's first optimizer step the gap is
-    rounding noise, or a bug.
+    without a latent, and `rollout_share` counts these tokens, both per token of the batch. `update`
+    divides the one by the other. Before the first optimizer step it is rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
