@@ -215,7 +215,7 @@ class Node:
     def confidence(self):
         """Return η₂, the geometric mean of the step's token probabilities. [O]
 
-        The paper's η₂ is π_ref(s), the product of the token probabilities: near 0 for long steps.
+        The paper has their product, which is near 0 for long steps, and in A_IB that of π_ref.
         """
         return self.logps.mean().exp().item()
 
@@ -279,7 +279,7 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
 def prefix_at(node, problem):
     """Return a trajectory whose response is the steps down to a node, to be continued."""
     path = node.path()
-    # The problem's tensors are empty: at the root they are all there is, and `cat` needs a tensor
+    # The problem's tensors are empty. They come first because `cat` of nothing is an error
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
                    entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
@@ -320,20 +320,20 @@ def grow(model, tokenizer, problems, config, rng):
 # v is a node, s a child of v.
 #   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H       [P]
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
-#   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b), over the n sub-steps s_b sampled at v   [P]
+#   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b), over the n times b that v was continued [P]
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
 #   confidence        η₂(s) = π(s)                                                     [P]
 # Our reconstruction of how (2) follows, if H(s|a*,v) is a cross-entropy in place of Gini's: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
-#   J_IB(v)   = 1 + β Σ_s π(s)² η₁(s) ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as (2) does
+#   J_IB(v)   = 1 + β Σ_s π(s) η₁ η₂ ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as (2) does
 # With the Gini entropy that (1) names, 1 - Σ_s π(s|a*,v)², (2) does not follow. With the geometric
 # mean for π(s), the code keeps the form of (2), but not its derivation.
-# How to read the score: as long as no node below v was branched from, the mean η₁ of v's children
-# is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So J_IB is high where the confident
-# children are better than the others, and where confidence is low. With one child, or with children
-# that are all right, only the latter counts. The smaller β, the more it counts.
+# How to read the score: as long as no node below v was branched from, the p̂ of v's children average
+# to p̂(a*|v). Then their mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So J_IB
+# is high where the confident children are better than the others, and where confidence is low. With
+# one child, or children that are all right, only the latter counts; the smaller β, the more.
 
 def information_gain(node, beta):
     """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
@@ -353,7 +353,7 @@ def ib_score(node, beta):
     return (1 + beta) / drawn * total
 
 def ib_covariance(node, beta):
-    """Return Cov(η₁, η₂) over the sub-steps drawn at a node.
+    """Return Cov(η₁, η₂) over the sub-steps drawn at a node; to centre one of them is enough.
 
     In the paper's GRPO runs it falls to zero in the course of training. [P]
     """
@@ -389,7 +389,7 @@ def select_nodes(root, k, sampler, config, rng):
 #   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards (0 if that is 0)          [P]
 #   A_IB(s) = η₁(s) η₂(s)                                                          [P]
 #             the paper has π_ref in η₂; here it is the policy that sampled        [O]
-#   A(s) = A_GL(s) + λ A_IB(s)                                                     [P]
+#   A(s) = A_GL(s) + λ A_IB(s): s against the whole tree, and against its parent   [P]
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
 # are right, A(s) is this price alone. [O]
@@ -507,7 +507,7 @@ def update_on_trees(model, optimizer, roots, config, reference=None):
     """Take `updates_per_step` optimizer steps on a list of trees; return means over tokens.
 
     Without A_IB, a tree whose responses are all right or all wrong has advantages of 0. It is run
-    only if there is a KL. Its tokens count in the mean that is the loss all the same.
+    only if there is a KL. Its tokens count in the loss's mean all the same.
     """
     packs = [pack_tree(root, step_advantages(root, config)) for root in roots]
     sums = Counter(loss=0, tokens_trained=0, tokens_unique=0)  # logged even if nothing is trained
@@ -573,7 +573,7 @@ def set_up(config):
     run.extra = prepare(run.model, config)  # what the method needs besides the policy
     check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
     run.optimizer = torch.optim.AdamW(
-        run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
+        run.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
     # Checkpoints hold what is trained: iiblpo.py's latents, but not ib_tpo.py's frozen reference
@@ -734,7 +734,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: "repository:configuration"; then its columns, and a project that reads it, too
+HUB = {  # name: "repository:configuration"  # its columns [a project that reads it, too]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -795,7 +795,7 @@ def cut_at_end(tokens, room, eos):
     return tokens[:room], False
 
 def token_entropy(logits):
-    """Return H_t = -Σ_v p_t(v) ln p_t(v), [...], p_t the softmax of raw logits [..., V]."""
+    """Return H_t = -Σ_v p_t(v) ln p_t(v); p_t is the softmax of logits: [..., V] -> [...]."""
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
     return -(logp.exp() * logp).sum(-1)
 
@@ -803,13 +803,13 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     """Sample a continuation of each trajectory in `prefixes`; return them in the same order.
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
-    they were drawn with. [O] steer(rows, column) returns a context manager that steers these rows
-    from that column on.
+    they were drawn with. [O] Rows are generated in several calls. steer(rows, born) returns a
+    context manager that steers the rows of a call; column `born` holds the prefixes' last token.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows are grouped by what they may still sample
+    # A call runs until its longest row ends, so rows are grouped by how long they may go on
     sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
@@ -1027,9 +1027,9 @@ def load_problems(config):
     """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
-        rng = random.Random(f"train {config.seed}")  # never the seed of those held out, below
-        train = chain_questions(rng, config.operands, False, 4096)
-        heldout = chain_questions(random.Random("held out"), config.operands, True, n)
+        rng = random.Random(f"train {config.seed}")
+        train = chain_questions(rng, config.operands, heldout=False, n=4096)
+        heldout = chain_questions(random.Random("held out"), config.operands, heldout=True, n=n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
     try:
         tables = load_tables(name)
@@ -1283,7 +1283,7 @@ def extract_answer(text):
 #   split_list, ITEM      the parts of a list            name x, value (2+\frac12), unit cm
 #   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
 #   OPERATORS             `expression` calculates it     2.5
-# A pair of READ_AS is from=>to, so <==>\le~ reads <= as \le and a blank, for which ~ stands.
+# Each pair of READ_AS is written from=>to, and ~ is a blank: ≤=>\le~ makes "\le " of ≤.
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
@@ -1299,17 +1299,19 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     (r"(?:\\[,;:! ()\[\]]|(?<!\\)\$|~|\s)+", " "),  # $x\ y$ -> x y
     (r"^ ?(-?)\\\$(.*?)(?: dollars)?[ .]*$", r"\1\2 dollars"),  # \$5 -> 5 dollars
     (r"(?<![^,])([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),  # 1\pm2 -> 1+2,1-2
-    (r"(?<![^(\[,=]) *\+|\\[${}]|\^ ?\{?\\circ\}?", ""),  # +5 -> 5, \{90^\circ\} -> 90
+    (r"(?<![^(\[,=]) *\+", ""),  # a plus at the start, or behind one of ( [ , = : (+5 -> (5
+    (r"\\[${}]|\^ ?\{?\\circ\}?", ""),  # \{90^\circ\} -> 90
     (r"[. ]+$|^ +|, *(?=,)", ""),  # 1,,2. -> 1,2
     (r"(?<![\w.)}!])(1?\d)!", lambda n: str(math.factorial(int(n[1])))),  # 3! -> 6
     # 1,000 or 1 000 -> 1000, only as a whole answer or after "="
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
+# Words that belong to a value, or change its sense, are no units: 5 million, not 5
 NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
                r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b")
 UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"  # x_1, f(x), |x|
-# "x = 5 cm" -> x, 5, cm. There is a blank before a unit, if it is not %, cm, km, mm or kg
+# "x = 5 cm" -> x, 5, cm. Before a unit there is a blank, except before %, cm, km, mm and kg
 ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?"  # a name, before the last = or \in
                   r"(.*?)"  # the value
                   r"(?:(?:(?<=[\d)}])|(?<=pi)) ?"  # a unit is behind a digit, a bracket or pi
@@ -1317,16 +1319,16 @@ ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?"  # a name, before 
                   r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power: cm^2
 TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by one
                    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
-                   r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # x of xy, but no, on, ln stay
+                   r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, but no, on, ln
                    r"\\?[A-Za-z]+|\S")  # words and other signs
-# The blank that means "times", as in 2 x and 2 \pi, but not those inside \frac 1 2
+# The blanks that mean "times", as in x y and 2 \pi, but not those inside \frac 1 2
 PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
            r"(?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))")
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # A letter is a complex value, which mpf() refuses. So a letter takes integer powers only, and
-    # x^(1/2), whose sign is open, is compared as text
+    # `operand` gives letters complex values, which mpf() refuses. So a letter takes integer powers
+    # only, and x^(1/2), whose sign is open, is compared as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1631,7 +1633,7 @@ def print_table(folder, summary):
     """Print results before and after training, and GRPO's with this seed if they are at hand."""
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
-    # Where a run of GRPO with this model and seed is, if it is beside this one
+    # The folder that a run of GRPO with the same model and seed would have beside this one
     grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)
     if (grpo / "summary.json").exists() and grpo != folder:
         other = json.loads((grpo / "summary.json").read_text(encoding="utf-8"))

@@ -119,8 +119,8 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt; iiblpo's rollouts and branches cost "
-                            "about as many tokens as these", "1..")
+    rollouts: int = setting(8, "responses per prompt of a baseline; the rollouts and branches of "
+                            "iiblpo cost about as many tokens as these", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
@@ -129,11 +129,11 @@ class Config:
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
         "psa", "psa: each branch has its latent; random: branches differ by chance alone")
-    top_frac: float = setting(0.05, "rho: t* is drawn from this share of tokens, by H_t", "0..1")
+    top_frac: float = setting(0.05, "rho: share of tokens, by H_t, at which it branches", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
                                "the run", "0..")
-    psa_halflife: float = setting(8.0, "tokens after which w_z halves", "0.001..")
+    psa_halflife: float = setting(8.0, "tokens until a latent's norm shift halves", "0.001..")
     z_dim: int = setting(128, "dimensions of the latent", "1..")
     cvae_pairs: int = setting(512, "largest number of continuations to learn latents from", "1..")
     cvae_steps: int = setting(200, "training steps of the latents", "1..")
@@ -206,8 +206,8 @@ class Trajectory:
 #   their training         maximises the ELBO                                          [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
-#                          the KL is halved, and each dimension's is free up to 0.5 nats, so
-#                          that the decoder does not ignore z                          [O]
+#                          the KL is halved, and a dimension's KL counts only if it exceeds 0.5
+#                          nats, or else the decoder would learn to ignore z: `latent_loss`    [O]
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V]                             [P]
 #                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
@@ -217,8 +217,8 @@ class Trajectory:
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
-# Why γ falls over the run: the latents are trained once, on the first policy. At constant γ they
-# pull the improved policy back, and some runs of the tiny task lost their arithmetic.
+# Why γ falls over the run: the latents are trained once, on the first policy, and keep steering
+# towards what it said. At constant γ some runs of the tiny task unlearnt correct arithmetic.
 
 def branch_positions(entropy, mask, top_frac, generator=None):
     """Return a branching position t* for each response, [B]; entropy, mask: [B, T].
@@ -285,7 +285,7 @@ class PseudoSelfAttention(torch.nn.Module):
     Each layer has its own linear maps. The key k_z gets no rotary embedding. Column `born` of the
     padded input holds the last token of c, so its state predicts o_t*. The age of a column is
     column - born. Columns before `born` see neither the latent's slot nor the shifted norms. [O]
-    A key near zero still takes attention, so the slot has a weight until γ is 0.
+    A key of zero has the attention logit 0, not -inf. So the slot takes attention until γ is 0.
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
 
@@ -317,13 +317,13 @@ class PseudoSelfAttention(torch.nn.Module):
     def steer(self, z, born):
         """Let z[i] steer row i of the model's input in this block, from column born[i] on.
 
-        z: [B, Z], born: [B]. With γ = 0 nothing is steered.
+        z: [B, Z]; born: [B], or one number for all rows. With γ = 0 nothing is steered.
         """
         z = self.gamma * z
         self.keys = self.to_key(z).view(len(z), *self.slot_shape)  # k_z
         self.values = self.to_value(z).view(len(z), *self.slot_shape)  # v_z
         self.shifts = self.to_norm(z).view(len(z), self.n_layers, 1, -1)  # w_z at age 0
-        self.born = born[:, None]
+        self.born = torch.as_tensor(born, device=DEVICE).reshape(-1, 1)
         self.columns = 0  # how many columns the model has run in this block
         self.steering = self.gamma > 0
         try:
@@ -332,7 +332,7 @@ class PseudoSelfAttention(torch.nn.Module):
             self.steering = False
 
     def count_columns(self, embedding, args, output):
-        """Set the ages [B, Q] of the Q columns that the model is about to run.
+        """Set the ages, [B, Q] or [1, Q], of the Q columns that the model is about to run.
 
         `generate` runs all columns of the prompts in one pass, and then one column per pass. This
         hook counts them itself, because the arguments that give their position differ between
@@ -349,7 +349,7 @@ class PseudoSelfAttention(torch.nn.Module):
             return output
         x = args[0]
         x_hat = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-        decay = (self.age >= 0) * 0.5 ** (self.age.clamp(min=0) / self.halflife)  # [B, Q]
+        decay = (self.age >= 0) * 0.5 ** (self.age.clamp(min=0) / self.halflife)
         w_z = decay[..., None] * self.shifts[:, i]  # [B, Q, H]
         return output + w_z * x_hat
 
@@ -364,7 +364,7 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
         B, Q, C = len(query), query.shape[2], key.shape[2]
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
             attention_mask = torch.ones(Q, C, dtype=torch.bool, device=DEVICE).tril(C - Q)
-        slot_mask = (psa.age >= 0)[:, None, :, None]
+        slot_mask = (psa.age >= 0)[:, None, :, None].expand(B, 1, Q, 1)
         attention_mask = torch.cat([slot_mask, attention_mask.expand(B, 1, Q, C)], -1)
         key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)
         value = torch.cat([psa.values[:, i].to(value.dtype), value], 2)
@@ -398,15 +398,15 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     """
     prefixes = prefixes_to_branch(parents, config)
     costs = [len(parent.response) - c.start for parent, c in zip(parents, prefixes)]
-    totals = itertools.accumulate(costs * config.branches)
-    n = sum(total <= budget for total in totals)  # as many branches as the budget pays for
+    n = sum(total <= budget for total in itertools.accumulate(costs * config.branches))
     branches = (prefixes * config.branches)[:n]  # all first branches, then all second ones, ...
     if not latents:
         return sample(model, tokenizer, branches, config)
     cvae, psa = latents
     z = cvae.sample(features(model, prefixes, config)[0], config.branches)  # [B, K, Z]
     z = z.transpose(0, 1).flatten(0, 1)[:n]  # [n, Z], in the order of the branches
-    return sample(model, tokenizer, branches, config, steer=steer_sampling(psa, z))
+    return sample(model, tokenizer, branches, config,
+                  steer=lambda rows, born: psa.steer(z[rows], born))
 
 # ==== Stage 2: information-bottleneck filter and self-reward
 # r is a whole response, r̄ is r without its answer, a* the right answer and |a*| its number of
@@ -417,15 +417,15 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   prompt term   Î(q; r) = Σ_t (h - H_t)                                             [O]
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
 #                 here it is by prompt and reward: see select_top_n                   [O]
-#   self-reward   S_IB itself                                                         [P]
-#                 in its place κ mean_t(A H_t), as in IBRO; A is the advantage below  [C]
+#   self-reward   the paper has S_IB itself                                           [P]
+#                 here, as in the code, κ mean_t(A H_t) of IBRO; A is that of Update  [C]
 # Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
 # all responses to a prompt, so standardising removes it. The estimate has r̄ in the place of r,
 # because after r's own answer ln π(a*) would tell no more than whether that answer is right.
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
 # We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
-# token depended on another. So long responses score low. Per token, loops score lowest, because
-# their H_t is near 0.
+# token depended on another. H_t is below h at almost every token. So a long response carries much
+# over from the prompt, and scores low. Per token, loops score lowest: their H_t is near 0.
 # H_t of a branch is that of the policy that sampled it, with its latent. [O]
 
 @torch.no_grad()
@@ -504,8 +504,8 @@ def set_scores(model, tokenizer, candidates, config):
 def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
-    Rollouts and branches together may cost as many tokens as `rollouts` responses per prompt would,
-    at the mean length of the initial ones. [O]
+    Initial rollouts and branches together may cost as many tokens as `config.rollouts` responses
+    per prompt would, at the mean length of the initial ones. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
     Each branches what the round before it kept, and then filters all branches anew. [O]
     """
@@ -529,12 +529,12 @@ def explore(model, tokenizer, latents, problems, config):
 #   loss       L = -mean_t min(r_t A, clip(r_t) A)                             [P]
 #                  - κ mean_t(A H_t), the self-reward                          [C]
 #              where A < 0, r_t is bounded by 3, as in verl's dual clip        [C]
-#              mean_t is over the own tokens of the responses kept, which are those from
-#              t* on in a branch; tokens with A = 0 count, too                 [O]
+#              mean_t is over the kept responses' own tokens, in a branch those from
+#              t* on; tokens with A = 0 count, too                             [O]
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
-# sampled, steered by z. So r_t is an importance weight of the token. It corrects neither for the
-# states that the steered policy reached nor for the rest of its response. The clip removes the
-# gradient in two cases. Where A > 0, tokens that the bare policy finds much likelier than the
+# sampled, steered by z. So r_t is an importance weight of this token alone. It does not weigh how
+# likely the tokens before it are, nor those after it, on which the reward depends. The clip removes
+# the gradient in two cases. Where A > 0, tokens that the bare policy finds much likelier than the
 # steered one did are not raised. Where A < 0, tokens that the bare policy finds much less likely
 # are not lowered, so that rare choices are not punished. In the released code π_old has no latent.
 # The mean reward is over rollouts and branches, so it is not quite the bare policy's. [O]
@@ -587,9 +587,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch, a mean over its own tokens, and more means over them.
 
-    `sampling_gap` sums |ln π - ln π_old| over the tokens of initial rollouts, which were sampled
-    without a latent, and `rollout_share` counts these tokens, both per token of the batch. `update`
-    divides the one by the other. Before the first optimizer step it is rounding noise, or a bug.
+    `sampling_gap` sums |ln π - ln π_old| over the tokens of initial rollouts, which have no latent,
+    and `rollout_share` counts these tokens. Both are divided by the number of all tokens. `update`
+    takes the quotient, which before the first optimizer step is rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -609,7 +609,7 @@ def update(model, optimizer, batch, config):
 
     A branch is trained from t* on, because the tokens before are its parent's. [C]
     Responses of advantage 0 are not run, because they have no gradient, except in `entropy_reg`.
-    But their tokens count in the loss's mean. Other means are over the tokens run; without any, 0.
+    But their tokens count in the loss's mean. Other means are over the tokens run, or 0 if none is.
     """
     sums = Counter(loss=0, tokens_trained=0, sampling_gap=0, rollout_share=0)
     norm = 0.0
@@ -685,7 +685,7 @@ def set_up(config):
     run.extra = prepare(run.model, config)  # what the method needs besides the policy
     check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
     run.optimizer = torch.optim.AdamW(
-        run.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
+        run.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
     # Checkpoints hold what is trained: iiblpo.py's latents, but not ib_tpo.py's frozen reference
@@ -774,7 +774,7 @@ def alternatives(model, tokenizer, problems, config):
         for token in p.topk(4).indices.tolist():
             goes_on = token not in eos and t.start + 1 < config.max_new_tokens
             if goes_on and p[token] > 0.01:
-                # The token is given, not sampled, so it has no ln π: nothing reads these logps
+                # logps and entropy lack this token, because it is not sampled. Nothing reads them
                 prefixes.append(replace(t, response=t.response + [token]))
     pairs = sample(model, tokenizer, prefixes[:math.ceil(config.cvae_pairs / WORLD)], config)
     tokens = own_tokens(parents) + own_tokens(pairs)
@@ -800,7 +800,8 @@ def check_policy(model, tokenizer, latents, problems, config):
         psa = latents[1]
         z = 3 * torch.randn(len(batch), config.z_dim, device=DEVICE)
         prefixes = prefixes_to_branch(batch, short)
-        branches = sample(model, tokenizer, prefixes, short, steer=steer_sampling(psa, z))
+        branches = sample(model, tokenizer, prefixes, short,
+                          steer=lambda rows, born: psa.steer(z[rows], born))
         bare, _, mask = token_logps(model, branches)
         with psa.steer(z, born_columns(branches)):
             steered, _, _ = token_logps(model, branches)
@@ -828,9 +829,10 @@ def train_latents(model, tokenizer, latents, problems, config):
     model.requires_grad_(False)
     for _ in progress(range(config.cvae_steps), "training the latents"):
         drawn = torch.randperm(len(pairs))[:32]
-        with torch.no_grad():  # free bits: whose KL exceeds 0.5 nats in the mean over all 32 rows
+        with torch.no_grad():
             prefix, continuation = states[:, drawn]  # e(c) and e(o_>=t*), [32, H]
             posterior, prior = cvae.posterior(prefix, continuation), cvae.prior(prefix)
+            # Free bits: a dimension is penalised if its mean KL over the 32 rows exceeds 0.5 nats
             penalised = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
         for rows in micro_batches([len(pairs[i]) for i in drawn], config.micro_tokens):
             chosen = drawn[rows]
@@ -848,17 +850,6 @@ def train_latents(model, tokenizer, latents, problems, config):
         bare, _, mask = token_logps(model, batch)
     return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "latents_kl": kl.sum().item(),
             "active_dims": (kl > 0.01).sum().item(), "latent_tokens": tokens}
-
-def steer_sampling(psa, z):
-    """Return the argument `steer` of `sample`, which steers row i by z[i].
-
-    `sample` generates its rows in several calls, and for each it calls steer(rows, column). There
-    `column` is that of the prefixes' last token, whose state predicts o_t*.
-    """
-    def steer(rows, column):
-        return psa.steer(z[rows], torch.full((len(rows),), column, device=DEVICE))
-
-    return steer
 
 def born_columns(batch):
     """Return the columns [B] whose states predict o_t*; in `last_states` column P + t is o_t."""
@@ -1019,6 +1010,7 @@ def probe_heads(config):
         for head in range(outputs.shape[2]):
             x = outputs[:, layer, head]
             predicted[layer, head] = ridge_probe(x[:half], difficulty[:half], x[half:]).numpy()
+    # Spearman's is the correlation of ranks; `unstack` makes a table of layers and heads
     ranks = pandas.DataFrame(predicted).rename_axis(columns=["layer", "head"]).rank()
     scores = ranks.corrwith(pandas.Series(difficulty[half:]).rank()).fillna(0)  # nan: no variance
     print(f"mean difficulty {difficulty.mean():.2f}\n{scores.unstack().round(2)}")
@@ -1037,7 +1029,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: "repository:configuration"; then its columns, and a project that reads it, too
+HUB = {  # name: "repository:configuration"  # its columns [a project that reads it, too]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -1098,7 +1090,7 @@ def cut_at_end(tokens, room, eos):
     return tokens[:room], False
 
 def token_entropy(logits):
-    """Return H_t = -Σ_v p_t(v) ln p_t(v), [...], p_t the softmax of raw logits [..., V]."""
+    """Return H_t = -Σ_v p_t(v) ln p_t(v); p_t is the softmax of logits: [..., V] -> [...]."""
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
     return -(logp.exp() * logp).sum(-1)
 
@@ -1106,13 +1098,13 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     """Sample a continuation of each trajectory in `prefixes`; return them in the same order.
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
-    they were drawn with. [O] steer(rows, column) returns a context manager that steers these rows
-    from that column on.
+    they were drawn with. [O] Rows are generated in several calls. steer(rows, born) returns a
+    context manager that steers the rows of a call; column `born` holds the prefixes' last token.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows are grouped by what they may still sample
+    # A call runs until its longest row ends, so rows are grouped by how long they may go on
     sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
@@ -1330,9 +1322,9 @@ def load_problems(config):
     """
     name, n = config.dataset, config.eval_prompts
     if name == "chain":
-        rng = random.Random(f"train {config.seed}")  # never the seed of those held out, below
-        train = chain_questions(rng, config.operands, False, 4096)
-        heldout = chain_questions(random.Random("held out"), config.operands, True, n)
+        rng = random.Random(f"train {config.seed}")
+        train = chain_questions(rng, config.operands, heldout=False, n=4096)
+        heldout = chain_questions(random.Random("held out"), config.operands, heldout=True, n=n)
         return [(q, chain_value(q)) for q in train], [(q, chain_value(q)) for q in heldout]
     try:
         tables = load_tables(name)
@@ -1586,7 +1578,7 @@ def extract_answer(text):
 #   split_list, ITEM      the parts of a list            name x, value (2+\frac12), unit cm
 #   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
 #   OPERATORS             `expression` calculates it     2.5
-# A pair of READ_AS is from=>to, so <==>\le~ reads <= as \le and a blank, for which ~ stands.
+# Each pair of READ_AS is written from=>to, and ~ is a blank: ≤=>\le~ makes "\le " of ≤.
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
@@ -1602,17 +1594,19 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     (r"(?:\\[,;:! ()\[\]]|(?<!\\)\$|~|\s)+", " "),  # $x\ y$ -> x y
     (r"^ ?(-?)\\\$(.*?)(?: dollars)?[ .]*$", r"\1\2 dollars"),  # \$5 -> 5 dollars
     (r"(?<![^,])([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),  # 1\pm2 -> 1+2,1-2
-    (r"(?<![^(\[,=]) *\+|\\[${}]|\^ ?\{?\\circ\}?", ""),  # +5 -> 5, \{90^\circ\} -> 90
+    (r"(?<![^(\[,=]) *\+", ""),  # a plus at the start, or behind one of ( [ , = : (+5 -> (5
+    (r"\\[${}]|\^ ?\{?\\circ\}?", ""),  # \{90^\circ\} -> 90
     (r"[. ]+$|^ +|, *(?=,)", ""),  # 1,,2. -> 1,2
     (r"(?<![\w.)}!])(1?\d)!", lambda n: str(math.factorial(int(n[1])))),  # 3! -> 6
     # 1,000 or 1 000 -> 1000, only as a whole answer or after "="
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
+# Words that belong to a value, or change its sense, are no units: 5 million, not 5
 NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
                r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b")
 UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"  # x_1, f(x), |x|
-# "x = 5 cm" -> x, 5, cm. There is a blank before a unit, if it is not %, cm, km, mm or kg
+# "x = 5 cm" -> x, 5, cm. Before a unit there is a blank, except before %, cm, km, mm and kg
 ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?"  # a name, before the last = or \in
                   r"(.*?)"  # the value
                   r"(?:(?:(?<=[\d)}])|(?<=pi)) ?"  # a unit is behind a digit, a bracket or pi
@@ -1620,16 +1614,16 @@ ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?"  # a name, before 
                   r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power: cm^2
 TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by one
                    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
-                   r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # x of xy, but no, on, ln stay
+                   r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, but no, on, ln
                    r"\\?[A-Za-z]+|\S")  # words and other signs
-# The blank that means "times", as in 2 x and 2 \pi, but not those inside \frac 1 2
+# The blanks that mean "times", as in x y and 2 \pi, but not those inside \frac 1 2
 PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
            r"(?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))")
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # A letter is a complex value, which mpf() refuses. So a letter takes integer powers only, and
-    # x^(1/2), whose sign is open, is compared as text
+    # `operand` gives letters complex values, which mpf() refuses. So a letter takes integer powers
+    # only, and x^(1/2), whose sign is open, is compared as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1934,7 +1928,7 @@ def print_table(folder, summary):
     """Print results before and after training, and GRPO's with this seed if they are at hand."""
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
-    # Where a run of GRPO with this model and seed is, if it is beside this one
+    # The folder that a run of GRPO with the same model and seed would have beside this one
     grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)
     if (grpo / "summary.json").exists() and grpo != folder:
         other = json.loads((grpo / "summary.json").read_text(encoding="utf-8"))
