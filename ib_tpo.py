@@ -640,9 +640,9 @@ def prepare(model, config):
     return copy.deepcopy(model).requires_grad_(False)
 
 def set_schedule(run, config):
-    """Set what changes over a run: the learning rate rises for 20 steps. [O]"""
+    """Set what changes over a run: the learning rate rises for 20 steps, then falls to 0. [O]"""
     step = len(run.state["log"])
-    run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)
+    run.optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / 20, 1 - run.done)
 
 def check_policy(model, tokenizer, reference, problems, config):
     """Compare the ln π recorded in sampling with those of the row alone and of a packed tree. [O]

@@ -751,9 +751,9 @@ def prepare(model, config):
     return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
 
 def set_schedule(run, config):
-    """Set what changes over a run: the learning rate rises for 20 steps, and γ falls to 0. [O]"""
+    """Set what changes over a run: the learning rate rises for 20 steps; it and γ fall to 0. [O]"""
     step = len(run.state["log"])
-    run.optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 20)
+    run.optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / 20, 1 - run.done)
     if run.extra:
         psa = run.extra[1]
         psa.gamma = config.psa_gamma * (1 - run.done)
