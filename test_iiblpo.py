@@ -5,7 +5,6 @@ import copy
 import functools
 import gc
 import inspect
-import io
 import itertools
 import json
 import math
@@ -1478,6 +1477,9 @@ def test_the_tokenizer_is_saved_as_it_was(folder):
     run("--method", "grpo", "--max_steps", 1, "--out", "run")
     saved = json.loads(Path("run/model/tokenizer_config.json").read_text())
     assert (saved["pad_token"], saved["eos_token"]) == ("<pad>", "<eos>")
+    bare = bpe_tokenizer(["What is 1+1?\n\n"] * 9)  # without a pad token
+    m.save_policy(folder / "bare", small_model("Llama"), bare)
+    assert "pad_token" not in json.loads(Path("bare/tokenizer_config.json").read_text())
     loaded = transformers.AutoTokenizer.from_pretrained("bare")
     assert loaded("What 1?\n").input_ids == bare("What 1?\n").input_ids
 
