@@ -330,8 +330,8 @@ def grow(model, tokenizer, problems, config, rng):
 #   J_IB(v)   = 1 + β Σ_s π(s) η₁ η₂ ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as (2) does
 # With the Gini entropy that (1) names, 1 - Σ_s π(s|a*,v)², (2) does not follow. With the geometric
 # mean for π(s), the code keeps the form of (2), but not its derivation.
-# How to read the score: as long as no node below v was branched from, the p̂ of v's children average
-# to p̂(a*|v). Then their mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So J_IB
+# How to read the score: as long as no node below v was branched from, p̂(a*|v) is the mean p̂ of
+# its children. Then their mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So it
 # is high where the confident children are better than the others, and where confidence is low. With
 # one child, or children that are all right, only the latter counts; the smaller β, the more.
 

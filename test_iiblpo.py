@@ -1331,7 +1331,8 @@ def test_a_run_says_what_it_uses_what_it_does_and_how_long_it_takes(folder, caps
         r"step 2 of 2, [\d,]+ of 99,999 tokens, 0 min left: reward .* cut \d.\d\d answered \d.\d\d",
         steps[1])
 
-def test_bars_appear_in_a_log_file_at_least_every_half_minute():
+def test_bars_appear_in_a_log_file_at_least_every_half_minute(capsys):
+    assert [*m.progress("ab", "work", delay=0, mininterval=0)] and "work" in capsys.readouterr().err
     assert m.progress.keywords["delay"] <= 10 and m.progress.keywords["mininterval"] <= 30
 
 def test_ctrl_c_says_what_is_true(folder, monkeypatch, capsys):
