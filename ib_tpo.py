@@ -23,8 +23,8 @@ The sections, in order:
 Read as far as The run, and look up the functions after it when the method calls them.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. The paper samples at temperature
-0.7, top-p 0.95, top-k 20, up to 2k tokens, and trains on DAPO-Math-17K. Here it is temperature 1
-without truncation, so that ln π is that of the draw, and by default 1,024 tokens and GSM8K. [O]
+0.7, top-p 0.95, top-k 20, up to 2k tokens, and trains on DAPO-Math-17K. Here tokens are drawn with
+their ln π, at temperature 1 without truncation, by default up to 1,024, and on GSM8K. [O]
 
 Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
 we could not read its text; [O] our own choice. Other marks name their source.
@@ -116,7 +116,7 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # The tree
     prompts_per_step: int = setting(16, "prompts per step, with a tree each", "1..")
-    tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts, then L - 1 times B "
+    tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: L rounds, first of B0 rollouts, then of B "
                               "continuations of each of the K best nodes", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
         "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: the shallowest "
@@ -126,7 +126,7 @@ class Config:
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
-    delimiter: str = setting("\n\n", "what a reasoning step ends with")
+    delimiter: str = setting("\n\n", "what a step ends with; if empty, each token is one")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0.001..")
     # Update
     advantage: Literal["gl+ib", "gl", "ib", "grpo", "treerl"] = setting(
@@ -153,8 +153,7 @@ class Config:
             self.sampler, self.advantage = "independent", "grpo"
         if len(self.tree) != 4:
             fail("tree must be four numbers, B0 L K B")
-        if not self.delimiter:
-            fail("delimiter must not be empty")
+        self.delimiter = self.delimiter.replace(r"\n", "\n")  # as one types it in a shell
         if "{question}" not in self.prompt:
             fail("prompt must contain {question}")
         if len(self.operands) != 2 or self.operands[0] > self.operands[1]:
@@ -317,30 +316,30 @@ def grow(model, tokenizer, problems, config, rng):
     return roots, trajectories
 
 # ==== IB-Score: where to branch
-# v is a node, s a child of v.
-#   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H       [P]
-#               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
-#   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b), over the n times b that v was continued [P]
+# v is a node, s a child of v, and s_1 ... s_n the children that its n continuations sampled.
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
 #   confidence        η₂(s) = π(s)                                                     [P]
-# Our reconstruction of how (2) follows, if H(s|a*,v) is a cross-entropy in place of Gini's: [O]
+#   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H        [P]
+#               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
+#   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
+# The Gini entropy of (1) would be H(s|a*,v) = 1 - Σ_s π(s|a*,v)², from which (2) does not follow.
+# It follows, but for a constant and the factor 1+β, if H(s|a*,v) is a cross-entropy: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
 #   J_IB(v)   = 1 + β Σ_s π(s) η₁ η₂ ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as (2) does
-# With the Gini entropy that (1) names, 1 - Σ_s π(s|a*,v)², (2) does not follow. With the geometric
-# mean for π(s), the code keeps the form of (2), but not its derivation.
+# In the code π(s) is a geometric mean, which keeps the form of (2), but not this derivation.
 # How to read the score: as long as no node below v was branched from, p̂(a*|v) is the mean p̂ of
 # its children. Then their mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So it
-# is high where the confident children are better than the others, and where confidence is low. With
-# one child, or children that are all right, only the latter counts; the smaller β, the more.
+# is high where the confident children are better than the others, and, the more the smaller β is,
+# where confidence is low. With one child, or if all are right, the covariance is 0.
 
 def information_gain(node, beta):
     """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
     ratio = 1.0
     if node.parent.value > 0:
         ratio = node.value / node.parent.value
-    return ratio - (1 + 1 / beta)
+    return ratio - (1 + 1 / beta)  # η₁
 
 def ib_score(node, beta):
     """Return J_IB of a node with children.
@@ -350,10 +349,10 @@ def ib_score(node, beta):
     """
     drawn = sum(s.drawn for s in node.children)  # n
     total = sum(s.drawn * information_gain(s, beta) * s.confidence for s in node.children)
-    return (1 + beta) / drawn * total
+    return (1 + beta) / drawn * total  # J_IB
 
 def ib_covariance(node, beta):
-    """Return Cov(η₁, η₂) over the sub-steps drawn at a node; to centre one of them is enough.
+    """Return Cov(η₁, η₂) = mean of (η₁ - mean η₁) η₂ over a node's children, weighted as above.
 
     In the paper's GRPO runs it falls to zero in the course of training. [P]
     """
@@ -426,9 +425,9 @@ def step_advantages(root, config):
 # trajectories through it. The gradient is that of G separate rows with the advantages A(s). [O]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """Return the clipped part of the loss, and statistics: the mean ratio, the share clipped.
+    """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T]; the mask may hold weights. The term
+    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], a token's weight in the mean.
     min(r_t A, clip(r_t) A) bounds r_t from above where A > 0, and from below where A < 0. There the
     dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
@@ -480,8 +479,8 @@ def pack_tree(root, advantages):
 def k3(logp, reference):
     """Return the k3 estimate of KL(π || π_ref) per token: ρ - 1 - ln ρ, ρ = π_ref / π. [GRPO]
 
-    Its mean over samples of π is KL(π || π_ref). GRPO differentiates it at fixed samples, which on
-    average gives the gradient of KL(π_ref || π).
+    Its mean over samples of π is KL(π || π_ref). But its gradient at fixed samples is, on average,
+    that of KL(π_ref || π). GRPO does so, and so do we.
     """
     return (reference - logp).exp() - 1 - (reference - logp)
 
@@ -570,13 +569,13 @@ def set_up(config):
     run.model, run.tokenizer = load_policy(config)
     run.problems = encode(training, run.model, run.tokenizer, config)
     run.heldout = encode(heldout, run.model, run.tokenizer, config)
-    run.extra = prepare(run.model, config)  # what the method needs besides the policy
+    run.extra = prepare(run.model, config)  # iiblpo.py's latents, or ib_tpo.py's reference policy
     check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
     run.optimizer = torch.optim.AdamW(
         run.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
-    # Checkpoints hold what is trained: iiblpo.py's latents, but not ib_tpo.py's frozen reference
+    # Checkpoints hold what is trained: the latents, but not the reference policy, which is frozen
     if any(weight.requires_grad for weight in run.extra.parameters()):
         run.parts["extra"] = run.extra
     if (run.folder / "state.pt").exists():
@@ -701,8 +700,7 @@ def trajectory_tokens(packs):
 def show(config):
     """Print the tree of a held-out problem.
 
-    To see a trained policy, give --model RUN/model, and for a tiny one --config tiny_config.yaml as
-    well.
+    To see a trained policy, give --model RUN/model, for a tiny one --config tiny_config.yaml, too.
     """
     _, heldout = load_problems(config)  # first: a mistyped data set shows sooner
     model, tokenizer = load_policy(config)
@@ -734,7 +732,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: "repository:configuration"  # its columns [a project that reads it, too]
+HUB = {  # "repository:configuration" of each name; in comments its columns, and who reads it, too
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -797,14 +795,14 @@ def cut_at_end(tokens, room, eos):
 def token_entropy(logits):
     """Return H_t = -Σ_v p_t(v) ln p_t(v); p_t is the softmax of logits: [..., V] -> [...]."""
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
-    return -(logp.exp() * logp).sum(-1)
+    return -(logp.exp() * logp).sum(-1)  # H_t
 
 def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     """Sample a continuation of each trajectory in `prefixes`; return them in the same order.
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
-    they were drawn with. [O] Rows are generated in several calls. steer(rows, born) returns a
-    context manager that steers the rows of a call; column `born` holds the prefixes' last token.
+    they were drawn with. [O] Rows are generated in several calls. Where iiblpo.py has latents,
+    steer(rows, born) returns a context that steers a call; column `born` ends the prefixes.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
@@ -1110,8 +1108,8 @@ def gold_of(columns):
         gold = gold[0]
     if type(gold) not in (str, int, float) or gold != gold:
         return None
-    answer = extract_answer(str(gold))
-    return answer if answer is not None else str(gold).strip() or None
+    answer = extract_answer(str(gold))  # "" if it is an empty box
+    return (str(gold).strip() or None) if answer is None else answer
 
 def encode(pairs, model, tokenizer, config):
     """Return problems with their prompts, in the tokenizer's chat template where it has one."""
@@ -1327,8 +1325,8 @@ PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # `operand` gives letters complex values, which mpf() refuses. So a letter takes integer powers
-    # only, and x^(1/2), whose sign is open, is compared as text
+    # A letter stands for a complex number, which mpf() refuses. So x^2 is calculated, but x^(1/2),
+    # whose sign is open, is compared as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1673,7 +1671,8 @@ def main(argv=None):
         fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
              f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
     except KeyboardInterrupt:
-        print("interrupted: --resume goes on with a run that has a checkpoint", file=sys.stderr)
+        saved = not config.show and (folder_of(config) / "state.pt").exists()
+        print("interrupted:", "--resume goes on" if saved else "nothing was saved", file=sys.stderr)
         raise
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
     python iiblpo.py --model Qwen2.5-0.5B     # a real model, on one GPU
 
 Every field of `Config` is a flag. A `training_step` does this:
-1. Sample M rollouts per prompt, and record the entropy H_t of each token: `sample`.
+1. Sample M rollouts per prompt, and record each token's entropy H_t: `sample`, `token_entropy`.
 2. Branch each rollout K times at a token where the policy was uncertain. Each branch has its own
    latent, which enters by pseudo self-attention: `branch`, `LatentCVAE`, `PseudoSelfAttention`.
 3. Score each response by what it tells about the answer, minus what it carries over from the
@@ -120,7 +120,7 @@ class Config:
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
     rollouts: int = setting(8, "responses per prompt of a baseline; the rollouts and branches of "
-                            "iiblpo cost about as many tokens as these", "1..")
+                            "iiblpo cost at most as many tokens as these", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
                                    "1..")
@@ -129,7 +129,7 @@ class Config:
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
         "psa", "psa: each branch has its latent; random: branches differ by chance alone")
-    top_frac: float = setting(0.05, "rho: share of tokens, by H_t, at which it branches", "0..1")
+    top_frac: float = setting(0.05, "rho: t* is drawn from this share of tokens, by H_t", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
                                "the run", "0..")
@@ -206,14 +206,14 @@ class Trajectory:
 #   their training         maximises the ELBO                                          [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
-#                          the KL is halved, and a dimension's KL counts only if it exceeds 0.5
-#                          nats, or else the decoder would learn to ignore z: `latent_loss`    [O]
+#                          the KL is halved, and 0.5 nats of it are free in each dimension, or
+#                          else the decoder would learn to ignore z: `latent_loss`     [O]
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V]                             [P]
 #                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
-#   its maps               k_z = γ W_K z,  v_z = γ W_V z,  w_z = γ 2^(-age/half-life) W_N z      [O]
-#                          age is 0 in the column that predicts o_t*, then 1, 2, ...   [O]
-#                          γ falls linearly to 0 over the run: see set_schedule        [O]
+#   its maps               k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
+#                          age is 0 at the last token of c, which predicts o_t*, then 1, 2, ...  [O]
+#   its strength γ         ln γ is also added to the logit of k_z; γ falls to 0 over the run   [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
@@ -233,7 +233,7 @@ def branch_positions(entropy, mask, top_frac, generator=None):
         if len(positions) > 0:
             size = max(1, int(top_frac * len(positions) + 1e-9))  # 1e-9 is for rounding errors
             omega = positions[entropy[row, positions].topk(size).indices]
-            chosen[row] = omega[torch.randint(size, (1,), generator=generator)]
+            chosen[row] = omega[torch.randint(size, (1,), generator=generator)]  # t*
     return chosen
 
 def prefixes_to_branch(parents, config):
@@ -275,8 +275,8 @@ class LatentCVAE(torch.nn.Module):
         return self.gaussian(self.posterior_net(torch.cat([prefix, continuation], -1)))
 
     def sample(self, prefix, k):
-        """Return k latents of each prefix from the prior, [B, k, Z]."""
-        return self.prior(prefix).sample((k,)).transpose(0, 1)
+        """Return k latents of each prefix from the prior, [k, B, Z]."""
+        return self.prior(prefix).sample((k,))
 
 class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
@@ -285,7 +285,6 @@ class PseudoSelfAttention(torch.nn.Module):
     Each layer has its own linear maps. The key k_z gets no rotary embedding. Column `born` of the
     padded input holds the last token of c, so its state predicts o_t*. The age of a column is
     column - born. Columns before `born` see neither the latent's slot nor the shifted norms. [O]
-    A key of zero has the attention logit 0, not -inf. So the slot takes attention until γ is 0.
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
 
@@ -307,7 +306,7 @@ class PseudoSelfAttention(torch.nn.Module):
         self.steering = False
         transformers.AttentionInterface.register("psa", psa_attention)
         transformers.AttentionMaskInterface.register("psa", visible_mask)
-        model.set_attn_implementation("psa")
+        model.set_attn_implementation("psa")  # from here on, layers call psa_attention
         model.get_input_embeddings().register_forward_hook(self.count_columns)
         for i, layer in enumerate(layers):
             layer.self_attn.psa = (self, i)  # in a tuple, or torch would make psa a submodule
@@ -319,10 +318,9 @@ class PseudoSelfAttention(torch.nn.Module):
 
         z: [B, Z]; born: [B], or one number for all rows. With γ = 0 nothing is steered.
         """
-        z = self.gamma * z
         self.keys = self.to_key(z).view(len(z), *self.slot_shape)  # k_z
         self.values = self.to_value(z).view(len(z), *self.slot_shape)  # v_z
-        self.shifts = self.to_norm(z).view(len(z), self.n_layers, 1, -1)  # w_z at age 0
+        self.shifts = self.to_norm(self.gamma * z).view(len(z), self.n_layers, 1, -1)  # w_z, age 0
         self.born = torch.as_tensor(born, device=DEVICE).reshape(-1, 1)
         self.columns = 0  # how many columns the model has run in this block
         self.steering = self.gamma > 0
@@ -351,7 +349,7 @@ class PseudoSelfAttention(torch.nn.Module):
         x_hat = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
         decay = (self.age >= 0) * 0.5 ** (self.age.clamp(min=0) / self.halflife)
         w_z = decay[..., None] * self.shifts[:, i]  # [B, Q, H]
-        return output + w_z * x_hat
+        return output + w_z * x_hat  # output is w x̂
 
 def psa_attention(module, query, key, value, attention_mask, **kwargs):
     """Return the usual attention, with the latent's slot, if there is one, before keys and values.
@@ -364,19 +362,19 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
         B, Q, C = len(query), query.shape[2], key.shape[2]
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
             attention_mask = torch.ones(Q, C, dtype=torch.bool, device=DEVICE).tril(C - Q)
-        slot_mask = (psa.age >= 0)[:, None, :, None].expand(B, 1, Q, 1)
-        attention_mask = torch.cat([slot_mask, attention_mask.expand(B, 1, Q, C)], -1)
-        key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)
-        value = torch.cat([psa.values[:, i].to(value.dtype), value], 2)
+        hidden = query.new_zeros(Q, C).masked_fill(~attention_mask, -math.inf)  # to add to logits
+        slot = torch.where(psa.age >= 0, math.log(psa.gamma), -math.inf).to(query)[:, None, :, None]
+        attention_mask = torch.cat([slot.expand(B, 1, Q, 1), hidden.expand(B, 1, Q, C)], -1)
+        key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)  # K' = [k_z ; K]
+        value = torch.cat([psa.values[:, i].to(value.dtype), value], 2)  # V' = [v_z ; V]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-def latent_loss(model, latents, batch, prefix, continuation, penalised):
+def latent_loss(model, latents, batch, prefix, continuation):
     """Return the loss of the latents, the mean over rows of -ln π(o_>=t* | c, z) + KL / 2.
 
-    This is the negative ELBO with half its KL. z ~ q_φ, and ln π is summed over the tokens from t*
-    on. prefix, continuation: [B, H], e(c) and e(o_>=t*). penalised: bool [Z], the dimensions whose
-    KL counts: see `train_latents`. Also return ln π of the continuations [B] and the KL of each
-    dimension [Z].
+    This is the negative ELBO with half its KL, and with free bits: a KL below 0.5 nats in one
+    dimension counts as 0.5. z ~ q_φ, and ln π is summed over the tokens from t* on. prefix,
+    continuation: [B, H], e(c) and e(o_>=t*). Also return ln π [B], and the KL of dimensions [Z].
     In the released code a separate decoder reconstructs a feature vector from z. We measured that
     such latents do not change what the policy says. So our decoder is the policy itself. [O]
     """
@@ -385,8 +383,8 @@ def latent_loss(model, latents, batch, prefix, continuation, penalised):
     with psa.steer(posterior.rsample(), born_columns(batch)):
         logp, _, mask = token_logps(model, batch)
     logp = (logp * mask).sum(1)
-    kl = torch.distributions.kl_divergence(posterior, prior).mean(0)
-    return 0.5 * kl[penalised].sum() - logp.mean(), logp, kl
+    kl = torch.distributions.kl_divergence(posterior, prior)  # [B, Z]
+    return (kl.clamp(min=0.5).sum(1) / 2 - logp).mean(), logp, kl.mean(0)
 
 @torch.no_grad()
 def branch(model, tokenizer, latents, parents, config, budget=math.inf):
@@ -397,14 +395,17 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     from t* on, and there are as many branches as `budget` tokens pay for. [O]
     """
     prefixes = prefixes_to_branch(parents, config)
-    costs = [len(parent.response) - c.start for parent, c in zip(parents, prefixes)]
-    n = sum(total <= budget for total in itertools.accumulate(costs * config.branches))
-    branches = (prefixes * config.branches)[:n]  # all first branches, then all second ones, ...
+    branches, cost = [], 0
+    for parent, c in list(zip(parents, prefixes)) * config.branches:
+        cost += len(parent.response) - c.start
+        if cost > budget:
+            break
+        branches.append(c)
     if not latents:
         return sample(model, tokenizer, branches, config)
     cvae, psa = latents
-    z = cvae.sample(features(model, prefixes, config)[0], config.branches)  # [B, K, Z]
-    z = z.transpose(0, 1).flatten(0, 1)[:n]  # [n, Z], in the order of the branches
+    z = cvae.sample(features(model, prefixes, config)[0], config.branches).flatten(0, 1)  # [K B, Z]
+    # `sample` gives the indices of the rows of a call, and the column of the last token of c
     return sample(model, tokenizer, branches, config,
                   steer=lambda rows, born: psa.steer(z[rows], born))
 
@@ -424,8 +425,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 # because after r's own answer ln π(a*) would tell no more than whether that answer is right.
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
 # We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
-# token depended on another. H_t is below h at almost every token. So a long response carries much
-# over from the prompt, and scores low. Per token, loops score lowest: their H_t is near 0.
+# token depended on another. H_t is below h at almost every token. So every token lowers S_IB: one
+# that the policy was sure of, as in a loop, by h, and one that it hesitated at by less.
 # H_t of a branch is that of the policy that sampled it, with its latent. [O]
 
 @torch.no_grad()
@@ -457,11 +458,11 @@ def prompt_information(entropy, mask, h):
 def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
     """Return S_IB [B] of responses; gain: Î(r; a*) [B], groups: [B], entropy, mask: [B, T].
 
-    Each term is standardised over a prompt's responses, by the function that does so with rewards,
-    `group_advantages`. So at beta = 1 both have the same weight. [O]
+    Each term is standardised over a prompt's responses, as rewards are: `group_advantages` returns
+    (x - mean) / std. So at beta = 1 both terms have the same weight. [O]
     """
     information = prompt_information(entropy, mask, h)
-    return beta * group_advantages(gain, groups) - group_advantages(information, groups)
+    return beta * group_advantages(gain, groups) - group_advantages(information, groups)  # S_IB
 
 def select_top_n(candidates, keep):
     """Return the candidates that pass the filter, in their order.
@@ -505,7 +506,7 @@ def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
     Initial rollouts and branches together may cost as many tokens as `config.rollouts` responses
-    per prompt would, at the mean length of the initial ones. [O]
+    per prompt would, at the mean length of the initial ones. Rounds have equal parts of this. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
     Each branches what the round before it kept, and then filters all branches anew. [O]
     """
@@ -532,12 +533,11 @@ def explore(model, tokenizer, latents, problems, config):
 #              mean_t is over the kept responses' own tokens, in a branch those from
 #              t* on; tokens with A = 0 count, too                             [O]
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
-# sampled, steered by z. So r_t is an importance weight of this token alone. It does not weigh how
-# likely the tokens before it are, nor those after it, on which the reward depends. The clip removes
-# the gradient in two cases. Where A > 0, tokens that the bare policy finds much likelier than the
-# steered one did are not raised. Where A < 0, tokens that the bare policy finds much less likely
-# are not lowered, so that rare choices are not punished. In the released code π_old has no latent.
-# The mean reward is over rollouts and branches, so it is not quite the bare policy's. [O]
+# sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
+# the tokens before and after it. The clip has this effect: where A > 0, tokens that the bare policy
+# finds much likelier than the steered one did are not raised, and where A < 0, tokens that it finds
+# much less likely are not lowered, so that rare choices are not punished. In the released code
+# π_old has no latent. The mean reward is not quite the bare policy's, for it includes branches. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -567,9 +567,9 @@ def set_advantages(candidates, kept):
         t.advantage *= n[t.group, t.reward] / k[t.group, t.reward]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """Return the clipped part of the loss, and statistics: the mean ratio, the share clipped.
+    """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp, mask: [B, T]; advantages: [B], or [B, T]; the mask may hold weights. The term
+    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], a token's weight in the mean.
     min(r_t A, clip(r_t) A) bounds r_t from above where A > 0, and from below where A < 0. There the
     dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
@@ -585,11 +585,11 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     return -(bounded * advantages * mask).sum() / tokens, stats
 
 def responses_loss(model, batch, config):
-    """Return L of a micro-batch, a mean over its own tokens, and more means over them.
+    """Return L of a micro-batch, a mean over its own tokens, and more means over the same tokens.
 
-    `sampling_gap` sums |ln π - ln π_old| over the tokens of initial rollouts, which have no latent,
-    and `rollout_share` counts these tokens. Both are divided by the number of all tokens. `update`
-    takes the quotient, which before the first optimizer step is rounding noise, or a bug.
+    `sampling_gap` is the mean of |ln π - ln π_old|, where tokens of branches count as 0, because a
+    latent was at work there. `rollout_share` is the share of the other tokens. `update` divides by
+    it. Before a batch's first optimizer step the quotient is rounding noise, or there is a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -608,8 +608,8 @@ def update(model, optimizer, batch, config):
     """Take `updates_per_step` optimizer steps on a batch; return the loss and other means.
 
     A branch is trained from t* on, because the tokens before are its parent's. [C]
-    Responses of advantage 0 are not run, because they have no gradient, except in `entropy_reg`.
-    But their tokens count in the loss's mean. Other means are over the tokens run, or 0 if none is.
+    Responses of advantage 0 have no gradient, except in `entropy_reg`. So they are not run, but
+    their tokens count in the loss's mean. The other means are over the tokens that are run.
     """
     sums = Counter(loss=0, tokens_trained=0, sampling_gap=0, rollout_share=0)
     norm = 0.0
@@ -682,13 +682,13 @@ def set_up(config):
     run.model, run.tokenizer = load_policy(config)
     run.problems = encode(training, run.model, run.tokenizer, config)
     run.heldout = encode(heldout, run.model, run.tokenizer, config)
-    run.extra = prepare(run.model, config)  # what the method needs besides the policy
+    run.extra = prepare(run.model, config)  # iiblpo.py's latents, or ib_tpo.py's reference policy
     check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
     run.optimizer = torch.optim.AdamW(
         run.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
-    # Checkpoints hold what is trained: iiblpo.py's latents, but not ib_tpo.py's frozen reference
+    # Checkpoints hold what is trained: the latents, but not the reference policy, which is frozen
     if any(weight.requires_grad for weight in run.extra.parameters()):
         run.parts["extra"] = run.extra
     if (run.folder / "state.pt").exists():
@@ -774,11 +774,12 @@ def alternatives(model, tokenizer, problems, config):
         for token in p.topk(4).indices.tolist():
             goes_on = token not in eos and t.start + 1 < config.max_new_tokens
             if goes_on and p[token] > 0.01:
-                # logps and entropy lack this token, because it is not sampled. Nothing reads them
+                # The token is given, not sampled. logps and entropy lack it; nothing reads them
                 prefixes.append(replace(t, response=t.response + [token]))
     pairs = sample(model, tokenizer, prefixes[:math.ceil(config.cvae_pairs / WORLD)], config)
     tokens = own_tokens(parents) + own_tokens(pairs)
-    return [replace(t, start=t.start - 1) for t in pairs], tokens  # c ends before the given token
+    # c ends before the given token, so that the latents learn this token, too
+    return [replace(t, start=t.start - 1) for t in pairs], tokens
 
 @torch.no_grad()
 def check_policy(model, tokenizer, latents, problems, config):
@@ -817,27 +818,21 @@ def train_latents(model, tokenizer, latents, problems, config):
     z_gain, latents_kl and active_dims are those of the last micro-batch of the training. z_gain is
     the mean of ln π(o_>=t* | c, z) - ln π(o_>=t* | c), z ~ q_φ, in nats.
     """
-    cvae, psa = latents
     # About two alternatives come from a problem, and each process needs a problem
     problems = shard(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
     pairs, tokens = gather(pairs), sum(gather([tokens]))
     if not pairs:
         return {"latent_tokens": tokens}
-    states = features(model, pairs, config)
+    states = features(model, pairs, config)  # e(c) and e(o_>=t*), [2, pairs, H]
     optimizer = torch.optim.AdamW(latents.parameters(), lr=0.003)
     model.requires_grad_(False)
     for _ in progress(range(config.cvae_steps), "training the latents"):
         drawn = torch.randperm(len(pairs))[:32]
-        with torch.no_grad():
-            prefix, continuation = states[:, drawn]  # e(c) and e(o_>=t*), [32, H]
-            posterior, prior = cvae.posterior(prefix, continuation), cvae.prior(prefix)
-            # Free bits: a dimension is penalised if its mean KL over the 32 rows exceeds 0.5 nats
-            penalised = torch.distributions.kl_divergence(posterior, prior).mean(0) > 0.5
         for rows in micro_batches([len(pairs[i]) for i in drawn], config.micro_tokens):
             chosen = drawn[rows]
             batch = [pairs[i] for i in chosen]
-            loss, logp, kl = latent_loss(model, latents, batch, *states[:, chosen], penalised)
+            loss, logp, kl = latent_loss(model, latents, batch, *states[:, chosen])
             (loss * len(rows) / len(drawn)).backward()
         torch.nn.utils.clip_grad_norm_(latents.parameters(), 0.5)
         optimizer.step()
@@ -881,7 +876,7 @@ def token_logps(model, batch):
     with autocast():
         flat = head_logps(model, states[:, P - 1:-1][mask], tokens[mask])
     zeros = torch.zeros(2, *mask.shape, device=DEVICE)
-    logp, entropy = zeros.masked_scatter(mask, flat)  # flat: [2, tokens in the mask]
+    logp, entropy = zeros.masked_scatter(mask, flat)  # flat: a row of ln π, and one of H_t
     return logp, entropy, mask
 
 def cue_of(prompt):
@@ -940,8 +935,8 @@ def dapo_rollouts(model, tokenizer, shuffled, config):
 def show(config):
     """Print how a held-out problem is explored.
 
-    To see a trained policy, give --model RUN/model, and for a tiny one --config tiny_config.yaml as
-    well. The latents are trained anew, because RUN/model holds the policy alone.
+    To see a trained policy, give --model RUN/model, for a tiny one --config tiny_config.yaml, too.
+    The latents are trained anew, because RUN/model holds the policy alone.
     """
     training, heldout = load_problems(config)  # first: a mistyped data set shows sooner
     model, tokenizer = load_policy(config)
@@ -1029,7 +1024,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # name: "repository:configuration"  # its columns [a project that reads it, too]
+HUB = {  # "repository:configuration" of each name; in comments its columns, and who reads it, too
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -1092,14 +1087,14 @@ def cut_at_end(tokens, room, eos):
 def token_entropy(logits):
     """Return H_t = -Σ_v p_t(v) ln p_t(v); p_t is the softmax of logits: [..., V] -> [...]."""
     logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 ln 0 = 0
-    return -(logp.exp() * logp).sum(-1)
+    return -(logp.exp() * logp).sum(-1)  # H_t
 
 def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     """Sample a continuation of each trajectory in `prefixes`; return them in the same order.
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
-    they were drawn with. [O] Rows are generated in several calls. steer(rows, born) returns a
-    context manager that steers the rows of a call; column `born` holds the prefixes' last token.
+    they were drawn with. [O] Rows are generated in several calls. Where iiblpo.py has latents,
+    steer(rows, born) returns a context that steers a call; column `born` ends the prefixes.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
@@ -1405,8 +1400,8 @@ def gold_of(columns):
         gold = gold[0]
     if type(gold) not in (str, int, float) or gold != gold:
         return None
-    answer = extract_answer(str(gold))
-    return answer if answer is not None else str(gold).strip() or None
+    answer = extract_answer(str(gold))  # "" if it is an empty box
+    return (str(gold).strip() or None) if answer is None else answer
 
 def encode(pairs, model, tokenizer, config):
     """Return problems with their prompts, in the tokenizer's chat template where it has one."""
@@ -1622,8 +1617,8 @@ PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # `operand` gives letters complex values, which mpf() refuses. So a letter takes integer powers
-    # only, and x^(1/2), whose sign is open, is compared as text
+    # A letter stands for a complex number, which mpf() refuses. So x^2 is calculated, but x^(1/2),
+    # whose sign is open, is compared as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1970,7 +1965,8 @@ def main(argv=None):
         fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
              f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
     except KeyboardInterrupt:
-        print("interrupted: --resume goes on with a run that has a checkpoint", file=sys.stderr)
+        saved = not config.show and (folder_of(config) / "state.pt").exists()
+        print("interrupted:", "--resume goes on" if saved else "nothing was saved", file=sys.stderr)
         raise
 
 if __name__ == "__main__":
