@@ -421,8 +421,9 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   self-reward   the paper has S_IB itself                                           [P]
 #                 here, as in the code, κ mean_t(A H_t) of IBRO; A is that of Update  [C]
 # Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
-# all responses to a prompt, so standardising removes it. The estimate has r̄ in the place of r,
-# because after r's own answer ln π(a*) would tell no more than whether that answer is right.
+# all responses to a prompt, so standardising removes it. r̄ is in the place of r, because after r's
+# own answer ln π(a*) would tell no more than the reward. In the tiny task r̄ ends with the answer
+# all the same, so that the filter, which ranks within a reward, mainly follows Î(q; r).
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
 # We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
 # token depended on another. H_t is below h at almost every token. So every token lowers S_IB: one
@@ -469,8 +470,7 @@ def select_top_n(candidates, keep):
 
     All initial rollouts pass. Branches are ranked among those of the same prompt and reward: right
     ones by high S_IB, wrong ones by low S_IB, because a wrong response of high S_IB is a near miss,
-    and pushing it down would do harm. The best share `keep` of each such ranking passes, rounded
-    up. Of equals the shorter one goes first. [O]
+    and pushing it down would do harm. The share `keep` of each ranking passes, rounded up. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
@@ -478,8 +478,7 @@ def select_top_n(candidates, keep):
             rivals[t.group, t.reward].append(t)
     dropped = set()
     for (_, reward), branches in rivals.items():
-        sign = -1 if reward else 1
-        branches.sort(key=lambda t: (sign * t.score, len(t.response)))
+        branches.sort(key=lambda t: t.score, reverse=bool(reward))
         passing = math.ceil(keep * len(branches) - 1e-9)  # 1e-9 is for rounding errors
         dropped.update(branches[passing:])
     return [t for t in candidates if t not in dropped]

@@ -735,9 +735,8 @@ def test_ib_score_orders_four_responses_as_the_case_study_does():
 
 def test_the_filter_keeps_a_contrast_within_each_reward():
     """Of right branches those of highest S_IB stay, of wrong ones of lowest, and all rollouts."""
-    def branch(reward, score, length=5, group=0):
-        return m.Trajectory([1], response=[2] * length, group=group, reward=reward, score=score,
-                            is_branch=True)
+    def branch(reward, score, group=0):
+        return m.Trajectory([1], group=group, reward=reward, score=score, is_branch=True)
 
     right = [branch(1.0, s) for s in (0.3, 0.9, -0.5, 0.1)]
     wrong = [branch(0.0, s) for s in (0.2, -0.7, 0.8)]
@@ -754,8 +753,6 @@ def test_the_filter_keeps_a_contrast_within_each_reward():
     assert dropped(0.75) == [right[2]]  # 3 of 4, and 3 of 3, because shares are rounded up
     assert dropped(0.5) == [right[2], right[3], wrong[2]]
     assert dropped(0.25) == [right[0], right[2], right[3], wrong[0], wrong[2]]
-    shorter = [branch(1.0, 0.4, length) for length in (5, 3, 4)]
-    assert m.select_top_n(shorter, 0.5) == shorter[1:]  # ties
 
 def test_token_entropy():
     """H = -Σ p ln p of the softmax; impossible tokens add 0, and the gradient is finite."""
