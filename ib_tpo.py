@@ -23,8 +23,8 @@ The sections, in order:
 Read as far as The run, and look up the functions after it when the method calls them.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. The paper samples at temperature
-0.7, top-p 0.95, top-k 20, up to 2k tokens, and trains on DAPO-Math-17K. Here tokens are drawn with
-their ln π, at temperature 1 without truncation, by default up to 1,024, and on GSM8K. [O]
+0.7, top-p 0.95, top-k 20, up to 2k tokens, and trains on DAPO-Math-17K. Here it is temperature 1
+without truncation, so that ln π is the policy's own. Defaults: 1,024 tokens, and GSM8K. [O]
 
 Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
 we could not read its text; [O] our own choice. Other marks name their source.
@@ -116,7 +116,7 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # The tree
     prompts_per_step: int = setting(16, "prompts per step, with a tree each", "1..")
-    tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: L rounds, first of B0 rollouts, then of B "
+    tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts, then L - 1 rounds of B "
                               "continuations of each of the K best nodes", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
         "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: the shallowest "
@@ -124,8 +124,8 @@ class Config:
     rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
                             "tree has)", "0..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
-    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
-                                   "1..")
+    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens), "
+                                   "prefixes not counted", "1..")
     delimiter: str = setting("\n\n", "what a step ends with; if empty, each token is one")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0.001..")
     # Update
@@ -212,9 +212,9 @@ class Node:
 
     @property
     def confidence(self):
-        """Return η₂, the geometric mean of the step's token probabilities. [O]
+        """Return η₂ of the IB-Score: the geometric mean of the step's token probabilities. [O]
 
-        The paper has their product, which is near 0 for long steps, and in A_IB that of π_ref.
+        The paper has their product, near 0 for long steps, and in its advantage that of π_ref.
         """
         return self.logps.mean().exp().item()
 
@@ -323,7 +323,7 @@ def grow(model, tokenizer, problems, config, rng):
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
 # The Gini entropy of (1) would be H(s|a*,v) = 1 - Σ_s π(s|a*,v)², from which (2) does not follow.
-# It follows, but for a constant and the factor 1+β, if H(s|a*,v) is a cross-entropy: [O]
+# It follows, but for a constant, and with β for 1+β, if H(s|a*,v) is a cross-entropy: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
@@ -331,8 +331,8 @@ def grow(model, tokenizer, problems, config, rng):
 # In the code π(s) is a geometric mean, which keeps the form of (2), but not this derivation.
 # How to read the score: as long as no node below v was branched from, p̂(a*|v) is the mean p̂ of
 # its children. Then their mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So it
-# is high where the confident children are better than the others, and, the more the smaller β is,
-# where confidence is low. With one child, or if all are right, the covariance is 0.
+# is high where the confident children are better than the others. It is also high where confidence
+# is low, which weighs more the smaller β is. With one child, or if all are right, Cov(η₁, η₂) = 0.
 
 def information_gain(node, beta):
     """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
@@ -732,7 +732,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # "repository:configuration" of each name; in comments its columns, and who reads it, too
+HUB = {  # "repository:configuration" of each name; its columns [and a project that reads them]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -762,8 +762,8 @@ transformers.AttentionMaskInterface.register("sdpa", visible_mask)
 class Recorder(transformers.LogitsProcessor):
     """Draw each token of one `generate` call, and record its ln π and its entropy H_t.
 
-    `generate` does not tell the log-probability of what it draws. So the token is drawn here, and
-    the logits that are handed back allow only this token.
+    `generate` would tell ln π only by handing back all logits, [T, B, V]. So the token is drawn
+    here, and the logits that are handed on allow only this token.
     """
 
     def __init__(self, greedy, bar):
@@ -807,7 +807,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows are grouped by how long they may go on
+    # A call runs until its longest row ends, so rows that may go on for equally long are together
     sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
@@ -1319,7 +1319,7 @@ TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by
                    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
                    r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, but no, on, ln
                    r"\\?[A-Za-z]+|\S")  # words and other signs
-# The blanks that mean "times", as in x y and 2 \pi, but not those inside \frac 1 2
+# The blanks that mean "times", as in x y and 2 \pi, but not in \frac 1 2 or 6 (7)
 PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
            r"(?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))")
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
@@ -1636,7 +1636,7 @@ def print_table(folder, summary):
     if (grpo / "summary.json").exists() and grpo != folder:
         other = json.loads((grpo / "summary.json").read_text(encoding="utf-8"))
         alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps",
-                 "max_tokens", "eval_prompts", "eval_samples")
+                 "max_tokens", "max_new_tokens", "prompt", "eval_prompts", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":

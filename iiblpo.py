@@ -120,20 +120,20 @@ class Config:
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
     rollouts: int = setting(8, "responses per prompt of a baseline; the rollouts and branches of "
-                            "iiblpo cost at most as many tokens as these", "1..")
+                            "iiblpo cost up to about as many tokens", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
-    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens)",
-                                   "1..")
+    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens), "
+                                   "prefixes not counted", "1..")
     # Stage 1: branching
     initial: int = setting(2, "M: rollouts per prompt before branching", "1..")
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
         "psa", "psa: each branch has its latent; random: branches differ by chance alone")
-    top_frac: float = setting(0.05, "rho: t* is drawn from this share of tokens, by H_t", "0..1")
+    top_frac: float = setting(0.05, "rho: branch in this share of tokens, of highest H_t", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
                                "the run", "0..")
-    psa_halflife: float = setting(8.0, "tokens until a latent's norm shift halves", "0.001..")
+    psa_halflife: float = setting(8.0, "tokens until z's shift of the RMSNorms halves", "0.001..")
     z_dim: int = setting(128, "dimensions of the latent", "1..")
     cvae_pairs: int = setting(512, "largest number of continuations to learn latents from", "1..")
     cvae_steps: int = setting(200, "training steps of the latents", "1..")
@@ -207,7 +207,7 @@ class Trajectory:
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
 #                          the KL is halved, and 0.5 nats of it are free in each dimension, or
-#                          else the decoder would learn to ignore z: `latent_loss`     [O]
+#                          else q_φ would fall onto p_ψ, and z tell nothing: `latent_loss`     [O]
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V]                             [P]
 #                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
@@ -224,8 +224,8 @@ def branch_positions(entropy, mask, top_frac, generator=None):
     """Return a branching position t* for each response, [B]; entropy, mask: [B, T].
 
     t* is drawn from Ω. The first position is left out, because a branch from there would be one
-    more rollout. Of the n others, Ω holds the floor(ρ n) of highest entropy, at least one. The
-    position of EOS counts. [C] A response of one token has t* = 0.
+    more rollout. Of the n others, Ω holds the floor(ρ n) of highest entropy, at least one, which at
+    ρ = 0.05 is the only one if n < 40. The position of EOS counts. [C] One token alone has t* = 0.
     """
     chosen = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
@@ -362,9 +362,9 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
         B, Q, C = len(query), query.shape[2], key.shape[2]
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
             attention_mask = torch.ones(Q, C, dtype=torch.bool, device=DEVICE).tril(C - Q)
-        hidden = query.new_zeros(Q, C).masked_fill(~attention_mask, -math.inf)  # to add to logits
+        usual = query.new_zeros(Q, C).masked_fill(~attention_mask, -math.inf)  # added to the logits
         slot = torch.where(psa.age >= 0, math.log(psa.gamma), -math.inf).to(query)[:, None, :, None]
-        attention_mask = torch.cat([slot.expand(B, 1, Q, 1), hidden.expand(B, 1, Q, C)], -1)
+        attention_mask = torch.cat([slot.expand(B, 1, Q, 1), usual.expand(B, 1, Q, C)], -1)
         key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)  # K' = [k_z ; K]
         value = torch.cat([psa.values[:, i].to(value.dtype), value], 2)  # V' = [v_z ; V]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -405,7 +405,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
         return sample(model, tokenizer, branches, config)
     cvae, psa = latents
     z = cvae.sample(features(model, prefixes, config)[0], config.branches).flatten(0, 1)  # [K B, Z]
-    # `sample` gives the indices of the rows of a call, and the column of the last token of c
+    # z[i] is of branches[i], because both run over all parents before they begin again. `sample`
+    # gives the indices of the rows of a call, and the column of the last token of c
     return sample(model, tokenizer, branches, config,
                   steer=lambda rows, born: psa.steer(z[rows], born))
 
@@ -422,8 +423,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #                 here, as in the code, κ mean_t(A H_t) of IBRO; A is that of Update  [C]
 # Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
 # all responses to a prompt, so standardising removes it. r̄ is in the place of r, because after r's
-# own answer ln π(a*) would tell no more than the reward. In the tiny task r̄ ends with the answer
-# all the same, so that the filter, which ranks within a reward, mainly follows Î(q; r).
+# own answer ln π(a*) would be the reward once more. In the tiny task it nearly is: the last line of
+# r̄ is the answer already. There the filter, which ranks within a reward, mainly follows Î(q; r).
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
 # We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
 # token depended on another. H_t is below h at almost every token. So every token lowers S_IB: one
@@ -505,7 +506,7 @@ def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
     Initial rollouts and branches together may cost as many tokens as `config.rollouts` responses
-    per prompt would, at the mean length of the initial ones. Rounds have equal parts of this. [O]
+    per prompt would, at the mean length of the initial ones. All rounds may cost the same. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
     Each branches what the round before it kept, and then filters all branches anew. [O]
     """
@@ -586,9 +587,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch, a mean over its own tokens, and more means over the same tokens.
 
-    `sampling_gap` is the mean of |ln π - ln π_old|, where tokens of branches count as 0, because a
-    latent was at work there. `rollout_share` is the share of the other tokens. `update` divides by
-    it. Before a batch's first optimizer step the quotient is rounding noise, or there is a bug.
+    `sampling_gap` sums |ln π - ln π_old| over the tokens of initial rollouts, as branches had a
+    latent, and `rollout_share` counts these tokens, both divided by the number of all tokens.
+    `update` takes the quotient. Before the first optimizer step it is rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -782,10 +783,10 @@ def alternatives(model, tokenizer, problems, config):
 
 @torch.no_grad()
 def check_policy(model, tokenizer, latents, problems, config):
-    """Compare ln π as recorded while sampling with the passes of training, bare and steered.
+    """Compare the ln π recorded in sampling with that of training passes, bare and steered. [O]
 
     End the program with a one-line message if they differ, or if latents change nothing. The
-    latents are not trained yet, so z is drawn from N(0, 9), for a clear effect. [O]
+    latents are not trained yet, so z is drawn from N(0, 9), for a clear effect.
     """
     torch.manual_seed(config.seed)
     ordered = sorted(problems, key=len)  # two short and two long prompts, so that there is padding
@@ -1023,7 +1024,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 LOGITS = 2 ** 25  # the most logits that are held at a time
 CHECK_TOKENS = 128  # the longest response of the self-check
-HUB = {  # "repository:configuration" of each name; in comments its columns, and who reads it, too
+HUB = {  # "repository:configuration" of each name; its columns [and a project that reads them]
     "gsm8k": "openai/gsm8k:main",  # question, answer [verl: gsm8k.py]
     "math": "DigitalLearningGmbH/MATH-lighteval",  # problem, solution [verl: math_dataset.py]
     "dapo": "open-r1/DAPO-Math-17k-Processed:en",  # prompt, solution [NeMo-RL: dapo_math.py]
@@ -1053,8 +1054,8 @@ transformers.AttentionMaskInterface.register("sdpa", visible_mask)
 class Recorder(transformers.LogitsProcessor):
     """Draw each token of one `generate` call, and record its ln π and its entropy H_t.
 
-    `generate` does not tell the log-probability of what it draws. So the token is drawn here, and
-    the logits that are handed back allow only this token.
+    `generate` would tell ln π only by handing back all logits, [T, B, V]. So the token is drawn
+    here, and the logits that are handed on allow only this token.
     """
 
     def __init__(self, greedy, bar):
@@ -1098,7 +1099,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows are grouped by how long they may go on
+    # A call runs until its longest row ends, so rows that may go on for equally long are together
     sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
@@ -1610,7 +1611,7 @@ TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by
                    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
                    r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, but no, on, ln
                    r"\\?[A-Za-z]+|\S")  # words and other signs
-# The blanks that mean "times", as in x y and 2 \pi, but not those inside \frac 1 2
+# The blanks that mean "times", as in x y and 2 \pi, but not in \frac 1 2 or 6 (7)
 PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
            r"(?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))")
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
@@ -1927,7 +1928,7 @@ def print_table(folder, summary):
     if (grpo / "summary.json").exists() and grpo != folder:
         other = json.loads((grpo / "summary.json").read_text(encoding="utf-8"))
         alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps",
-                 "max_tokens", "eval_prompts", "eval_samples")
+                 "max_tokens", "max_new_tokens", "prompt", "eval_prompts", "eval_samples")
         if all(other["config"][name] == config[name] for name in alike):
             table["GRPO's"] = pandas.Series(other["after"])
     elif config["method"] != "grpo":
