@@ -20,7 +20,7 @@ The sections, in order:
     The reference policy; log-probabilities of packed trees; the self-check; --show
     Supporting code, repeated word for word in iiblpo.py: sampling, the policy, problems, the tiny
     task, the verifier, evaluation, files
-Read as far as The run, and look up the functions after it when the method calls them.
+Read as far as The run, and look up what stands after it, such as `sample` or DEVICE, when needed.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. The paper samples at temperature
 0.7, top-p 0.95, top-k 20, up to 2k tokens, and trains on DAPO-Math-17K. Here it is temperature 1
@@ -214,7 +214,7 @@ class Node:
     def confidence(self):
         """Return η₂ of the IB-Score: the geometric mean of the step's token probabilities. [O]
 
-        The paper has their product, near 0 for long steps, and in its advantage that of π_ref.
+        The paper has their product, which is near 0 for long steps. In A_IB it is that of π_ref.
         """
         return self.logps.mean().exp().item()
 
@@ -316,14 +316,14 @@ def grow(model, tokenizer, problems, config, rng):
     return roots, trajectories
 
 # ==== IB-Score: where to branch
-# v is a node, s a child of v, and s_1 ... s_n the children that its n continuations sampled.
+# v is a node, s a child of v, and s_b, b = 1 ... n, the child that its b-th continuation sampled.
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
 #   confidence        η₂(s) = π(s)                                                     [P]
 #   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H        [P]
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
 # The Gini entropy of (1) would be H(s|a*,v) = 1 - Σ_s π(s|a*,v)², from which (2) does not follow.
-# It follows, but for a constant, and with β for 1+β, if H(s|a*,v) is a cross-entropy: [O]
+# (2) does follow, up to a constant and with β for 1+β, if H(s|a*,v) is a cross-entropy: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
@@ -362,7 +362,7 @@ def ib_covariance(node, beta):
     return sum(s.drawn * (gain[s] - mean_gain) * s.confidence for s in node.children) / n
 
 def select_nodes(root, k, sampler, config, rng):
-    """Return the k nodes to branch from; a node must have children, and room for a token more.
+    """Return the k nodes to branch from; a node must have children, and room for one more token.
 
         ib       those of highest J_IB                                                         [P]
         random   any, as RandTree does                                                         [P]
@@ -385,7 +385,7 @@ def select_nodes(root, k, sampler, config, rng):
     return (nodes * k)[:k]
 
 # ==== Step-level advantages
-#   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards (0 if that is 0)          [P]
+#   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards; 0 if all are equal       [P]
 #   A_IB(s) = η₁(s) η₂(s)                                                          [P]
 #             the paper has π_ref in η₂; here it is the policy that sampled        [O]
 #   A(s) = A_GL(s) + λ A_IB(s): s against the whole tree, and against its parent   [P]
@@ -802,7 +802,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
     they were drawn with. [O] Rows are generated in several calls. Where iiblpo.py has latents,
-    steer(rows, born) returns a context that steers a call; column `born` ends the prefixes.
+    steer(rows, born) returns a context that steers a call. Column `born` is each prefix's last.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
@@ -1361,7 +1361,7 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    # 4 means an exponent; exponents stay small, so that 200 of the 300 digits are right
+    # `least` is 4 only on the right of ^. Exponents stay small: 200 of the 300 digits are right
     largest = 200 if least == 4 else 1e80
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")
@@ -1671,7 +1671,7 @@ def main(argv=None):
         fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
              f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
     except KeyboardInterrupt:
-        saved = not config.show and (folder_of(config) / "state.pt").exists()
+        saved = (folder_of(config) / "state.pt").exists() and not config.show
         print("interrupted:", "--resume goes on" if saved else "nothing was saved", file=sys.stderr)
         raise
 

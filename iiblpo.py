@@ -23,7 +23,7 @@ The sections, in order:
     The latents' training; log-probabilities; the baselines; --show and --probe_heads
     Supporting code, repeated word for word in ib_tpo.py: sampling, the policy, problems, the tiny
     task, the verifier, evaluation, files
-Read as far as The run, and look up the functions after it when the method calls them.
+Read as far as The run, and look up what stands after it, such as `sample` or DEVICE, when needed.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. README.md lists what is ours.
 
@@ -207,7 +207,7 @@ class Trajectory:
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
 #                          the KL is halved, and 0.5 nats of it are free in each dimension, or
-#                          else q_φ would fall onto p_ψ, and z tell nothing: `latent_loss`     [O]
+#                          else q_φ would collapse onto p_ψ, and z would tell nothing: `latent_loss`
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V]                             [P]
 #                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
@@ -224,8 +224,8 @@ def branch_positions(entropy, mask, top_frac, generator=None):
     """Return a branching position t* for each response, [B]; entropy, mask: [B, T].
 
     t* is drawn from Ω. The first position is left out, because a branch from there would be one
-    more rollout. Of the n others, Ω holds the floor(ρ n) of highest entropy, at least one, which at
-    ρ = 0.05 is the only one if n < 40. The position of EOS counts. [C] One token alone has t* = 0.
+    more rollout. Of the n others, Ω holds the max(1, floor(ρ n)) of highest entropy. At ρ = 0.05
+    and n < 40 that is one. t* may be the position of EOS. [C] A response of one token has t* = 0.
     """
     chosen = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
@@ -420,15 +420,15 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
 #                 here it is by prompt and reward: see select_top_n                   [O]
 #   self-reward   the paper has S_IB itself                                           [P]
-#                 here, as in the code, κ mean_t(A H_t) of IBRO; A is that of Update  [C]
+#                 here, as in the code, κ mean_t(A H_t) of IBRO [2507.18391]; A: see Update  [C]
 # Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
 # all responses to a prompt, so standardising removes it. r̄ is in the place of r, because after r's
 # own answer ln π(a*) would be the reward once more. In the tiny task it nearly is: the last line of
 # r̄ is the answer already. There the filter, which ranks within a reward, mainly follows Î(q; r).
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
 # We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
-# token depended on another. H_t is below h at almost every token. So every token lowers S_IB: one
-# that the policy was sure of, as in a loop, by h, and one that it hesitated at by less.
+# token depended on another. H_t is nearly always below h. So almost every token lowers S_IB: by h
+# if the policy was sure of it, as in repeated text, and by less if it hesitated.
 # H_t of a branch is that of the policy that sampled it, with its latent. [O]
 
 @torch.no_grad()
@@ -506,7 +506,7 @@ def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
     Initial rollouts and branches together may cost as many tokens as `config.rollouts` responses
-    per prompt would, at the mean length of the initial ones. All rounds may cost the same. [O]
+    per prompt would, at the mean length of the initial ones. Rounds share this evenly. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
     Each branches what the round before it kept, and then filters all branches anew. [O]
     """
@@ -585,11 +585,11 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     return -(bounded * advantages * mask).sum() / tokens, stats
 
 def responses_loss(model, batch, config):
-    """Return L of a micro-batch, a mean over its own tokens, and more means over the same tokens.
+    """Return L of a micro-batch and other statistics, all means over the responses' own tokens.
 
-    `sampling_gap` sums |ln π - ln π_old| over the tokens of initial rollouts, as branches had a
-    latent, and `rollout_share` counts these tokens, both divided by the number of all tokens.
-    `update` takes the quotient. Before the first optimizer step it is rounding noise, or a bug.
+    `sampling_gap` is the sum of |ln π - ln π_old| over tokens of initial rollouts, because branches
+    had a latent. `rollout_share` is their number. Both are divided by the number of all tokens. The
+    quotient of the two, taken in `update`, is rounding noise before an optimizer step, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -876,7 +876,7 @@ def token_logps(model, batch):
     with autocast():
         flat = head_logps(model, states[:, P - 1:-1][mask], tokens[mask])
     zeros = torch.zeros(2, *mask.shape, device=DEVICE)
-    logp, entropy = zeros.masked_scatter(mask, flat)  # flat: a row of ln π, and one of H_t
+    logp, entropy = zeros.masked_scatter(mask, flat)  # flat, [2, N], fills both where mask is set
     return logp, entropy, mask
 
 def cue_of(prompt):
@@ -1094,7 +1094,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
     they were drawn with. [O] Rows are generated in several calls. Where iiblpo.py has latents,
-    steer(rows, born) returns a context that steers a call; column `born` ends the prefixes.
+    steer(rows, born) returns a context that steers a call. Column `born` is each prefix's last.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
@@ -1653,7 +1653,7 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    # 4 means an exponent; exponents stay small, so that 200 of the 300 digits are right
+    # `least` is 4 only on the right of ^. Exponents stay small: 200 of the 300 digits are right
     largest = 200 if least == 4 else 1e80
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")
@@ -1965,7 +1965,7 @@ def main(argv=None):
         fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
              f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
     except KeyboardInterrupt:
-        saved = not config.show and (folder_of(config) / "state.pt").exists()
+        saved = (folder_of(config) / "state.pt").exists() and not config.show
         print("interrupted:", "--resume goes on" if saved else "nothing was saved", file=sys.stderr)
         raise
 
