@@ -126,7 +126,7 @@ class Config:
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens), "
                                    "prefixes not counted", "1..")
-    delimiter: str = setting("\n\n", "what a step ends with; if empty, each token is one")
+    delimiter: str = setting("\n\n", "what a reasoning step ends with")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0.001..")
     # Update
     advantage: Literal["gl+ib", "gl", "ib", "grpo", "treerl"] = setting(
@@ -154,6 +154,8 @@ class Config:
         if len(self.tree) != 4:
             fail("tree must be four numbers, B0 L K B")
         self.delimiter = self.delimiter.replace(r"\n", "\n")  # as one types it in a shell
+        if not self.delimiter:
+            fail("delimiter must not be empty")
         if "{question}" not in self.prompt:
             fail("prompt must contain {question}")
         if len(self.operands) != 2 or self.operands[0] > self.operands[1]:
@@ -619,7 +621,6 @@ def train(config):
     print_table(run.folder, summary)
     return summary
 
-
 # ==== The reference policy, log-probabilities of packed trees, the self-check, --show
 
 def prepare(model, config):
@@ -721,7 +722,6 @@ def show(config):
         text = tokenizer.decode(node.tokens).replace("\n", "↵")
         print(f"{line:36}" + "  " * min(len(node.path()), 20) + text)
     return root
-
 
 # ==== Supporting code: the same in both scripts, but for --probe_heads in `main`
 
@@ -1671,7 +1671,8 @@ def main(argv=None):
         fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
              f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
     except KeyboardInterrupt:
-        saved = (folder_of(config) / "state.pt").exists() and not config.show
+        trains = not config.show
+        saved = trains and (folder_of(config) / "state.pt").exists()
         print("interrupted:", "--resume goes on" if saved else "nothing was saved", file=sys.stderr)
         raise
 

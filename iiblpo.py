@@ -203,11 +203,11 @@ class Trajectory:
 #                          t* ~ Uniform(Ω)                                             [P, reported]
 #   the prefix             c = (q, o_<t*)                                              [O]
 #   a latent per branch    z_1 ... z_K ~ p_ψ(z | c)                                    [P]
-#   their training         maximises the ELBO                                          [P]
+#   their training         maximises the ELBO, see `latent_loss`                       [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
-#                          the KL is halved, and 0.5 nats of it are free in each dimension, or
-#                          else q_φ would collapse onto p_ψ, and z would tell nothing: `latent_loss`
+#                          the KL is halved, and 0.5 nats of it are free in each dimension     [O]
+#                          or else q_φ would collapse onto p_ψ, and z would tell nothing
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V]                             [P]
 #                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
@@ -420,7 +420,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
 #                 here it is by prompt and reward: see select_top_n                   [O]
 #   self-reward   the paper has S_IB itself                                           [P]
-#                 here, as in the code, κ mean_t(A H_t) of IBRO [2507.18391]; A: see Update  [C]
+#                 here, as in the code, κ mean_t(A H_t) [arXiv 2507.18391], A of Update  [C]
 # Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
 # all responses to a prompt, so standardising removes it. r̄ is in the place of r, because after r's
 # own answer ln π(a*) would be the reward once more. In the tiny task it nearly is: the last line of
@@ -732,7 +732,6 @@ def train(config):
     print_table(run.folder, summary)
     return summary
 
-
 # ==== The latents' training and log-probabilities; the baselines, --show and --probe_heads
 
 def prepare(model, config):
@@ -1013,7 +1012,6 @@ def probe_heads(config):
     report = {"scores": scores.unstack().values.tolist(), "difficulty": difficulty.tolist()}
     save_lines(Path(config.out or "runs", "heads.json"), [report])
     return report
-
 
 # ==== Supporting code: the same in both scripts, but for --probe_heads in `main`
 
@@ -1965,7 +1963,8 @@ def main(argv=None):
         fail(f"the GPU's memory is full: lower --micro_tokens if that was in an update, or else "
              f"--generate_tokens, and go on with --resume if there is a checkpoint ({e})")
     except KeyboardInterrupt:
-        saved = (folder_of(config) / "state.pt").exists() and not config.show
+        trains = not (config.show or config.probe_heads)
+        saved = trains and (folder_of(config) / "state.pt").exists()
         print("interrupted:", "--resume goes on" if saved else "nothing was saved", file=sys.stderr)
         raise
 
