@@ -216,7 +216,7 @@ class Node:
     def confidence(self):
         """Return η₂ of the IB-Score: the geometric mean of the step's token probabilities. [O]
 
-        The paper has their product, which is near 0 for long steps. In A_IB it is that of π_ref.
+        The paper has their product, which is near 0 for long steps, and in A_IB that of π_ref.
         """
         return self.logps.mean().exp().item()
 
@@ -320,7 +320,7 @@ def grow(model, tokenizer, problems, config, rng):
 # ==== IB-Score: where to branch
 # v is a node, s a child of v, and s_b, b = 1 ... n, the child that its b-th continuation sampled.
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
-#   confidence        η₂(s) = π(s)                                                     [P]
+#   confidence        η₂(s) = π(s), short for π(s|v)                                   [P]
 #   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H        [P]
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
@@ -331,10 +331,10 @@ def grow(model, tokenizer, problems, config, rng):
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
 #   J_IB(v)   = 1 + β Σ_s π(s) η₁ η₂ ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as (2) does
 # In the code π(s) is a geometric mean, which keeps the form of (2), but not this derivation.
-# How to read the score: as long as no node below v was branched from, p̂(a*|v) is the mean p̂ of
-# its children. Then their mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So it
-# is high where the confident children are better than the others. It is also high where confidence
-# is low, which weighs more the smaller β is. With one child, or if all are right, Cov(η₁, η₂) = 0.
+# How to read the score: as long as no node below v was branched from, p̂(a*|v) is the mean of
+# p̂(a*|s_b). Then the mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So it is
+# high where the confident children are better than the others. It is also high where confidence is
+# low, which weighs more the smaller β is. With one child, or if all or none are right, Cov is 0.
 
 def information_gain(node, beta):
     """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
@@ -395,8 +395,8 @@ def select_nodes(root, k, sampler, config, rng):
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
 # are right, A(s) is this price alone. [O]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So at ratio 1,
-# A_GL on the tree is GRPO on its trajectories. These are not independent draws of the policy,
-# however. Prefixes were chosen by their outcome, which biases p̂ of the steps above them. [O]
+# A_GL on the tree is GRPO on its trajectories. But these trajectories are not independent draws of
+# the policy. Prefixes were chosen by their outcome, which biases p̂ of the steps above them. [O]
 
 def step_advantage(node, root, config):
     """Return A(s) of the kind that config.advantage names.
@@ -577,7 +577,7 @@ def set_up(config):
         run.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
-    # Checkpoints hold what is trained: the latents, but not the reference policy, which is frozen
+    # Checkpoints hold what a run has learnt, latents included, but not the reference policy
     if any(weight.requires_grad for weight in run.extra.parameters()):
         run.parts["extra"] = run.extra
     if (run.folder / "state.pt").exists():
@@ -701,7 +701,7 @@ def trajectory_tokens(packs):
 def show(config):
     """Print the tree of a held-out problem.
 
-    To see a trained policy, give --model RUN/model, for a tiny one --config tiny_config.yaml, too.
+    To see a trained policy, give --model RUN/model, and if it is tiny --config tiny_config.yaml.
     """
     _, heldout = load_problems(config)  # first: a mistyped data set shows sooner
     model, tokenizer = load_policy(config)

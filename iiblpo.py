@@ -120,7 +120,7 @@ class Config:
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
     rollouts: int = setting(8, "responses per prompt of a baseline; the rollouts and branches of "
-                            "iiblpo cost up to about as many tokens", "1..")
+                            "iiblpo may cost as many tokens as these", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens), "
                                    "prefixes not counted", "1..")
@@ -129,7 +129,7 @@ class Config:
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
         "psa", "psa: each branch has its latent; random: branches differ by chance alone")
-    top_frac: float = setting(0.05, "rho: branch in this share of tokens, of highest H_t", "0..1")
+    top_frac: float = setting(0.05, "rho: t* is among this share of tokens, of highest H_t", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
                                "the run", "0..")
@@ -213,7 +213,7 @@ class Trajectory:
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
 #                          age is 0 at the last token of c, which predicts o_t*, then 1, 2, ...  [O]
-#   its strength γ         ln γ is also added to the logit of k_z; γ falls to 0 over the run   [O]
+#   its strength γ         scales w_z, and k_z's weight: its logit + ln γ; falls to 0 in a run [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
@@ -416,15 +416,15 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   score         S_IB(r) = β Î(r; a*) - Î(q; r)                                      [P]
 #                 both terms are standardised over the responses to a prompt          [O]
 #   answer term   Î(r; a*) = ln π(a* | q, r̄, cue) / |a*|                              [O]
-#   prompt term   Î(q; r) = Σ_t (h - H_t)                                             [O]
+#   prompt term   Î(q; r) = Σ_t (h - H_t), h as explained below                       [O]
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
 #                 here it is by prompt and reward: see select_top_n                   [O]
 #   self-reward   the paper has S_IB itself                                           [P]
-#                 here, as in the code, κ mean_t(A H_t) [arXiv 2507.18391], A of Update  [C]
+#                 here, as in the code [arXiv 2507.18391], κ mean_t(A H_t), A as below   [C]
 # Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
 # all responses to a prompt, so standardising removes it. r̄ is in the place of r, because after r's
-# own answer ln π(a*) would be the reward once more. In the tiny task it nearly is: the last line of
-# r̄ is the answer already. There the filter, which ranks within a reward, mainly follows Î(q; r).
+# own answer ln π(a*) would be the reward once more. In the tiny task it nearly is so after r̄, too,
+# whose last line is the answer. There the filter, which ranks within a reward, follows Î(q; r).
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
 # We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
 # token depended on another. H_t is nearly always below h. So almost every token lowers S_IB: by h
@@ -435,7 +435,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 def answer_gain(model, tokenizer, trajectories, config):
     """Return Î(r; a*), [B], in nats per answer token, under the policy without latents.
 
-    r̄ is the text before the marker of the answer that `find_answer` found, or all of it. [O]
+    r̄ is the text before the marker of the answer that `find_answer` found, or all if none is. [O]
     """
     cue = cue_of(config.prompt)
     reasoning = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄
@@ -470,8 +470,8 @@ def select_top_n(candidates, keep):
     """Return the candidates that pass the filter, in their order.
 
     All initial rollouts pass. Branches are ranked among those of the same prompt and reward: right
-    ones by high S_IB, wrong ones by low S_IB, because a wrong response of high S_IB is a near miss,
-    and pushing it down would do harm. The share `keep` of each ranking passes, rounded up. [O]
+    ones by high S_IB, wrong ones by low S_IB, because a wrong response of high Î(r; a*) is a near
+    miss, and pushing it down would do harm. The share `keep` of each passes, rounded up. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
@@ -526,7 +526,7 @@ def explore(model, tokenizer, latents, problems, config):
 #   advantage  A = (R - mean) / (std + 1e-4)                                  [GRPO]
 #              mean, std over all candidates of a prompt, not only those kept [O]
 #              times n/k, if k of n candidates of the same prompt and R are kept [O]
-#   ratio      r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z)              [O]
+#   ratio      r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t, z), z in branches only   [O]
 #   loss       L = -mean_t min(r_t A, clip(r_t) A)                             [P]
 #                  - κ mean_t(A H_t), the self-reward                          [C]
 #              where A < 0, r_t is bounded by 3, as in verl's dual clip        [C]
@@ -537,7 +537,7 @@ def explore(model, tokenizer, latents, problems, config):
 # the tokens before and after it. The clip has this effect: where A > 0, tokens that the bare policy
 # finds much likelier than the steered one did are not raised, and where A < 0, tokens that it finds
 # much less likely are not lowered, so that rare choices are not punished. In the released code
-# π_old has no latent. The mean reward is not quite the bare policy's, for it includes branches. [O]
+# π_old has no latent. The mean in A is not quite the bare policy's, for it includes branches. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -554,8 +554,8 @@ def set_advantages(candidates, kept):
     """Write advantages, relative to all candidates of a prompt, into the trajectories.
 
     If k of the n candidates of one prompt and reward are kept, initial rollouts included, each of
-    these k counts n/k times. So the filter does not change the weight of right and of wrong
-    responses. [O]
+    these k counts n/k times. So the filter does not change the sum of A over the right responses,
+    nor over the wrong ones. [O]
     """
     rewards = torch.tensor([t.reward for t in candidates])
     groups = torch.tensor([t.group for t in candidates])
@@ -587,9 +587,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch and other statistics, all means over the responses' own tokens.
 
-    `sampling_gap` is the sum of |ln π - ln π_old| over tokens of initial rollouts, because branches
-    had a latent. `rollout_share` is their number. Both are divided by the number of all tokens. The
-    quotient of the two, taken in `update`, is rounding noise before an optimizer step, or a bug.
+    `sampling_gap` sums |ln π - ln π_old| over the tokens of initial rollouts, because branches had
+    a latent, and `rollout_share` counts them, both per token of the batch. Their quotient, which
+    `update` takes, is rounding noise before an optimizer step, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -688,7 +688,7 @@ def set_up(config):
         run.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
-    # Checkpoints hold what is trained: the latents, but not the reference policy, which is frozen
+    # Checkpoints hold what a run has learnt, latents included, but not the reference policy
     if any(weight.requires_grad for weight in run.extra.parameters()):
         run.parts["extra"] = run.extra
     if (run.folder / "state.pt").exists():
@@ -934,7 +934,7 @@ def dapo_rollouts(model, tokenizer, shuffled, config):
 def show(config):
     """Print how a held-out problem is explored.
 
-    To see a trained policy, give --model RUN/model, for a tiny one --config tiny_config.yaml, too.
+    To see a trained policy, give --model RUN/model, and if it is tiny --config tiny_config.yaml.
     The latents are trained anew, because RUN/model holds the policy alone.
     """
     training, heldout = load_problems(config)  # first: a mistyped data set shows sooner

@@ -2396,7 +2396,7 @@ def test_the_snippets_of_the_readme_run(folder, monkeypatch):
         Path(f"runs/{name}-tiny-0").symlink_to("grpo-tiny-0")
     for snippet in SNIPPETS:
         exec(snippet, {"__name__": "__main__"})
-    assert "samples.jsonl" in "".join(SNIPPETS)
+    assert "summary.json" in "".join(SNIPPETS)
 
 # ---- benchmarks: pytest -m benchmark -s
 
