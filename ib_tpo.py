@@ -240,7 +240,7 @@ def split_steps(token_ids, tokenizer, delimiter):
     """Return the steps s_1 ... s_n of a response, lists of tokens.
 
     A step ends with the token that completes a delimiter, in the paper "\\n\\n". [P] What follows
-    the last delimiter is the last step. Blank lines belong to the step that comes after them. [O]
+    the last delimiter is the last step. Further blank lines belong to the next step. [O]
     In the tiny task, where the delimiter is "\\n", "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
     """
     texts = {token: tokenizer.decode(token, skip_special_tokens=True) for token in set(token_ids)}
@@ -318,7 +318,7 @@ def grow(model, tokenizer, problems, config, rng):
     return roots, trajectories
 
 # ==== IB-Score: where to branch
-# v is a node, s a child of v, and s_b, b = 1 ... n, the child that its b-th continuation sampled.
+# v is a node, s a child of v, and s_b, b = 1 ... n, the child that v's b-th continuation sampled.
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
 #   confidence        η₂(s) = π(s), short for π(s|v)                                   [P]
 #   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H        [P]
@@ -447,7 +447,7 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def pack_tree(root, advantages):
     """Pack a tree into one sequence of S tokens: the prompt, then every step exactly once.
 
-    Return input_ids and these tensors, all [S]:
+    Return a dict of input_ids and these tensors, all [S]:
 
         previous    index of the token before it in its trajectory, whose state predicts it
         weights     number of trajectories through it, 0 for the prompt
@@ -963,7 +963,7 @@ def load_policy(config):
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(DEVICE)
-        # This reads tokenizer.json as it is. AutoTokenizer may take the family's own instead.
+        # This reads tokenizer.json as it is. AutoTokenizer may choose the model family's class.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
     except Exception as e:  # whatever a hub, a network or a file raises
         fail(f"cannot load the model {name}: {with_cause(e)}")

@@ -25,7 +25,7 @@ The sections, in order:
     task, the verifier, evaluation, files
 Read as far as The run, and look up what stands after it, such as `sample` or DEVICE, when needed.
 
-Left out: vLLM, sharded models, rewards other than right or wrong. README.md lists what is ours.
+Left out: vLLM, sharded models, rewards other than right or wrong. README.md lists our choices.
 
 Marks: [P] the paper's abstract, figures and tables; [P, reported] the paper's text as others report
 it, because we could not read the text itself; [C] the released code; [O] our own choice. Other
@@ -135,7 +135,7 @@ class Config:
                                "the run", "0..")
     psa_halflife: float = setting(8.0, "tokens until z's shift of the RMSNorms halves", "0.001..")
     z_dim: int = setting(128, "dimensions of the latent", "1..")
-    cvae_pairs: int = setting(512, "largest number of continuations to learn latents from", "1..")
+    cvae_pairs: int = setting(512, "largest number of continuations the latents learn from", "1..")
     cvae_steps: int = setting(200, "training steps of the latents", "1..")
     # Stage 2: information bottleneck
     keep: float = setting(0.75, "share of a prompt's right branches that is kept, and likewise "
@@ -374,7 +374,7 @@ def latent_loss(model, latents, batch, prefix, continuation):
 
     This is the negative ELBO with half its KL, and with free bits: a KL below 0.5 nats in one
     dimension counts as 0.5. z ~ q_φ, and ln π is summed over the tokens from t* on. prefix,
-    continuation: [B, H], e(c) and e(o_>=t*). Also return ln π [B], and the KL of dimensions [Z].
+    continuation: [B, H], e(c) and e(o_>=t*). Also return ln π [B], and mean KL per dimension [Z].
     In the released code a separate decoder reconstructs a feature vector from z. We measured that
     such latents do not change what the policy says. So our decoder is the policy itself. [O]
     """
@@ -421,10 +421,10 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #                 here it is by prompt and reward: see select_top_n                   [O]
 #   self-reward   the paper has S_IB itself                                           [P]
 #                 here, as in the code [arXiv 2507.18391], κ mean_t(A H_t), A as below   [C]
-# Why Î(r; a*): I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The second logarithm is the same for
-# all responses to a prompt, so standardising removes it. r̄ is in the place of r, because after r's
-# own answer ln π(a*) would be the reward once more. In the tiny task it nearly is so after r̄, too,
-# whose last line is the answer. There the filter, which ranks within a reward, follows Î(q; r).
+# Why Î(r; a*): given q, I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The last logarithm is equal
+# for all responses to a prompt, so standardising removes it. r̄ is in the place of r, because after
+# r's own answer ln π(a*) would be the reward once more. In the tiny task it nearly is so after r̄,
+# too, whose last line is the answer. There the filter, within a reward, follows mainly Î(q; r).
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
 # We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
 # token depended on another. H_t is nearly always below h. So almost every token lowers S_IB: by h
@@ -508,7 +508,7 @@ def explore(model, tokenizer, latents, problems, config):
     Initial rollouts and branches together may cost as many tokens as `config.rollouts` responses
     per prompt would, at the mean length of the initial ones. Rounds share this evenly. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
-    Each branches what the round before it kept, and then filters all branches anew. [O]
+    A round branches from what the last one kept, and then filters all branches anew. [O]
     """
     candidates = sample(model, tokenizer, problems * config.initial, config)
     kept = candidates
@@ -589,7 +589,7 @@ def responses_loss(model, batch, config):
 
     `sampling_gap` sums |ln π - ln π_old| over the tokens of initial rollouts, because branches had
     a latent, and `rollout_share` counts them, both per token of the batch. Their quotient, which
-    `update` takes, is rounding noise before an optimizer step, or a bug.
+    `update` takes, is rounding noise before a batch's first optimizer step, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -655,7 +655,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
         set_advantages(candidates, kept)
     elif config.method == "dapo":
         candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
-        set_advantages(candidates, candidates)  # so n/k is 1: what dapo drops is not made up for
+        set_advantages(candidates, candidates)  # so nothing is reweighted for what dapo drops
     else:
         candidates = kept = roll_out(model, tokenizer, batch, config)
         set_advantages(candidates, kept)
@@ -843,7 +843,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     with torch.no_grad():
         bare, _, mask = token_logps(model, batch)
     return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "latents_kl": kl.sum().item(),
-            "active_dims": (kl > 0.01).sum().item(), "latent_tokens": tokens}
+            "active_dims": (kl > 0.5).sum().item(), "latent_tokens": tokens}
 
 def born_columns(batch):
     """Return the columns [B] whose states predict o_t*; in `last_states` column P + t is o_t."""
@@ -919,7 +919,7 @@ def dapo_rollouts(model, tokenizer, shuffled, config):
     """Return (all responses sampled, those to train on).
 
     Problems whose responses are all right or all wrong are dropped, because their advantages are 0.
-    At most two times, others are sampled in their place. Responses that were cut off are dropped.
+    Up to two more times others are sampled in their place. Responses that were cut off are dropped.
     """
     wanted = len(shard(shuffled[:config.prompts_per_step]))
     waiting = shard(shuffled[:3 * config.prompts_per_step])
@@ -1253,7 +1253,7 @@ def load_policy(config):
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).to(DEVICE)
-        # This reads tokenizer.json as it is. AutoTokenizer may take the family's own instead.
+        # This reads tokenizer.json as it is. AutoTokenizer may choose the model family's class.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
     except Exception as e:  # whatever a hub, a network or a file raises
         fail(f"cannot load the model {name}: {with_cause(e)}")
