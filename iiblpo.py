@@ -206,7 +206,7 @@ class Trajectory:
 #   their training         maximises the ELBO, see `latent_loss`                       [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
-#                          the KL is halved, and 0.5 nats of it are free in each dimension     [O]
+#                          the KL is halved, and 8 / Z nats of it are free in each dimension   [O]
 #                          or else q_φ would collapse onto p_ψ, and z would tell nothing
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V]                             [P]
 #                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
@@ -372,8 +372,8 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
 def latent_loss(model, latents, batch, prefix, continuation):
     """Return the loss of the latents, the mean over rows of -ln π(o_>=t* | c, z) + KL / 2.
 
-    This is the negative ELBO with half its KL, and with free bits: a KL below 0.5 nats in one
-    dimension counts as 0.5. z ~ q_φ, and ln π is summed over the tokens from t* on. prefix,
+    This is the negative ELBO with half its KL, and with free bits: a KL below 8 / Z nats in one
+    dimension counts as 8 / Z. z ~ q_φ, and ln π is summed over the tokens from t* on. prefix,
     continuation: [B, H], e(c) and e(o_>=t*). Also return ln π [B], and mean KL per dimension [Z].
     In the released code a separate decoder reconstructs a feature vector from z. We measured that
     such latents do not change what the policy says. So our decoder is the policy itself. [O]
@@ -384,7 +384,7 @@ def latent_loss(model, latents, batch, prefix, continuation):
         logp, _, mask = token_logps(model, batch)
     logp = (logp * mask).sum(1)
     kl = torch.distributions.kl_divergence(posterior, prior)  # [B, Z]
-    return (kl.clamp(min=0.5).sum(1) / 2 - logp).mean(), logp, kl.mean(0)
+    return (kl.clamp(min=8 / kl.shape[1]).sum(1) / 2 - logp).mean(), logp, kl.mean(0)
 
 @torch.no_grad()
 def branch(model, tokenizer, latents, parents, config, budget=math.inf):
@@ -843,7 +843,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     with torch.no_grad():
         bare, _, mask = token_logps(model, batch)
     return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "latents_kl": kl.sum().item(),
-            "active_dims": (kl > 0.5).sum().item(), "latent_tokens": tokens}
+            "active_dims": (kl > 8 / len(kl)).sum().item(), "latent_tokens": tokens}
 
 def born_columns(batch):
     """Return the columns [B] whose states predict o_t*; in `last_states` column P + t is o_t."""
