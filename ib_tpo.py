@@ -28,7 +28,6 @@ without truncation, so that ln π is the policy's own. Defaults: 1,024 tokens, a
 
 Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
 we could not read its text; [O] our own choice. Other marks name their source.
-
 Shapes: B rows, T tokens of a response or of a step, S tokens of a packed tree, V vocabulary,
 H width. In the section on trees, B₀, L, K, B are the numbers of `Config.tree`. a* is the right
 answer. Entropies and log-probabilities are in nats.
@@ -113,7 +112,7 @@ class Config:
     operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "2..")
     habit: float = setting(0.75, "chain: chance that a demonstrated line reduces the leftmost "
                            "operator by habit", "0..1")
-    warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
+    warm_steps: int = setting(2000, "tiny: supervised steps before reinforcement learning", "1..")
     # The tree
     prompts_per_step: int = setting(16, "prompts per step, with a tree each", "1..")
     tree: list[int] = setting([4, 9, 1, 1], "B0 L K B: B0 rollouts, then L - 1 rounds of B "
@@ -202,7 +201,7 @@ class Node:
     parent: "Node" = None
     children: list["Node"] = field(default_factory=list)
     visits: int = 0  # trajectories through this step
-    drawn: int = 0  # of these, those that sampled this step; the others had it in their prefix
+    drawn: int = 0  # those that sampled it, as 3 rollouts did; 2 branches below it make 5 visits
     total_reward: float = 0.0  # summed over the visits, each 0 or 1
     end: int = 0  # number of response tokens up to the end of this step
     branched: int = 0  # how often it was branched from
@@ -216,7 +215,7 @@ class Node:
     def confidence(self):
         """Return η₂ of the IB-Score: the geometric mean of the step's token probabilities. [O]
 
-        The paper has their product, which is near 0 for long steps, and in A_IB that of π_ref.
+        The paper has their product, which is near 0 for long steps, and in A_IB it takes π_ref.
         """
         return self.logps.mean().exp().item()
 
@@ -481,16 +480,15 @@ def pack_tree(root, advantages):
 def k3(logp, reference):
     """Return the k3 estimate of KL(π || π_ref) per token: ρ - 1 - ln ρ, ρ = π_ref / π. [GRPO]
 
-    Its mean over samples of π is KL(π || π_ref). But its gradient at fixed samples is, on average,
-    that of KL(π_ref || π). GRPO does so, and so do we.
+    Its mean over samples of π is KL(π || π_ref). But its gradient at fixed samples of π is, on
+    average, that of KL(π_ref || π). GRPO does so, and so do we.
     """
     return (reference - logp).exp() - 1 - (reference - logp)
 
 def trees_loss(model, packs, config, reference):
     """Return the loss, a mean over the tokens of all trajectories of the trees, and other means.
 
-    `sampling_gap` is |ln π - ln π_old|. Before a batch's first optimizer step it is rounding noise,
-    or a bug.
+    `sampling_gap` is |ln π - ln π_old|: rounding alone, before a batch's first optimizer step.
     """
     batch = stack_packs(packs)
     old, weights = batch["logps"], batch["weights"]
@@ -802,7 +800,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
     they were drawn with. [O] Rows are generated in several calls. Where iiblpo.py has latents,
-    steer(rows, born) returns a context that steers a call. Column `born` is each prefix's last.
+    steer(rows, born) returns a context that steers a call, whose prefixes end in column `born`.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id

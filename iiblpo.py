@@ -116,11 +116,11 @@ class Config:
     operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "2..")
     habit: float = setting(0.75, "chain: chance that a demonstrated line reduces the leftmost "
                            "operator by habit", "0..1")
-    warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
+    warm_steps: int = setting(2000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt of a baseline; the rollouts and branches of "
-                            "iiblpo may cost as many tokens as these", "1..")
+    rollouts: int = setting(8, "responses per prompt of a baseline; iiblpo's rollouts and branches "
+                            "together cost about as many tokens", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens), "
                                    "prefixes not counted", "1..")
@@ -206,14 +206,14 @@ class Trajectory:
 #   their training         maximises the ELBO, see `latent_loss`                       [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
-#                          the KL is halved, and 8 / Z nats of it are free in each dimension   [O]
-#                          or else q_φ would collapse onto p_ψ, and z would tell nothing
+#                          the KL is halved, and in each dimension 8 / Z nats of it are free,  [O]
+#                          not penalised, or else q_φ would become p_ψ, and z would tell nothing
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V]                             [P]
 #                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
 #                          age is 0 at the last token of c, which predicts o_t*, then 1, 2, ...  [O]
-#   its strength γ         scales w_z, and k_z's weight: its logit + ln γ; falls to 0 in a run [O]
+#   its strength γ         scales w_z, adds ln γ to k_z's logit, and falls to 0 over the run    [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
@@ -225,7 +225,8 @@ def branch_positions(entropy, mask, top_frac, generator=None):
 
     t* is drawn from Ω. The first position is left out, because a branch from there would be one
     more rollout. Of the n others, Ω holds the max(1, floor(ρ n)) of highest entropy. At ρ = 0.05
-    and n < 40 that is one. t* may be the position of EOS. [C] A response of one token has t* = 0.
+    and n < 40, as in the tiny task, that is the highest alone. t* may be where EOS is, as in the
+    released code. A response of one token has t* = 0.
     """
     chosen = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
@@ -238,8 +239,7 @@ def branch_positions(entropy, mask, top_frac, generator=None):
 
 def prefixes_to_branch(parents, config):
     """Draw t* of each response; return its prefix c = (q, o_<t*), which a branch continues."""
-    entropy = pad([t.entropy for t in parents], padding_value=-1)
-    mask = entropy >= 0  # entropies are not negative, so these are the tokens
+    entropy, mask = padded_entropy(parents)
     positions = branch_positions(entropy, mask, config.top_frac).tolist()
     return [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], start=n,
                     is_branch=True) for t, n in zip(parents, positions)]
@@ -281,7 +281,7 @@ class LatentCVAE(torch.nn.Module):
 class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
-    It enters the last four layers, and its maps are initialised with std 0.01. [C]
+    In the released code it enters the last four layers, and its maps begin with std 0.01. [C]
     Each layer has its own linear maps. The key k_z gets no rotary embedding. Column `born` of the
     padded input holds the last token of c, so its state predicts o_t*. The age of a column is
     column - born. Columns before `born` see neither the latent's slot nor the shifted norms. [O]
@@ -330,11 +330,11 @@ class PseudoSelfAttention(torch.nn.Module):
             self.steering = False
 
     def count_columns(self, embedding, args, output):
-        """Set the ages, [B, Q] or [1, Q], of the Q columns that the model is about to run.
+        """Set the ages, [B, Q] or [1, Q], of the Q columns that a forward pass is about to run.
 
         `generate` runs all columns of the prompts in one pass, and then one column per pass. This
-        hook counts them itself, because the arguments that give their position differ between
-        releases of transformers.
+        hook, which each pass calls first, counts them itself, because the arguments that give their
+        position differ between releases of transformers.
         """
         if self.steering:
             Q = output.shape[1]
@@ -395,12 +395,10 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     from t* on, and there are as many branches as `budget` tokens pay for. [O]
     """
     prefixes = prefixes_to_branch(parents, config)
-    branches, cost = [], 0
-    for parent, c in list(zip(parents, prefixes)) * config.branches:
-        cost += len(parent.response) - c.start
-        if cost > budget:
-            break
-        branches.append(c)
+    costs = [len(parent.response) - c.start for parent, c in zip(parents, prefixes)]
+    totals = itertools.accumulate(costs * config.branches)
+    affordable = sum(total <= budget for total in totals)
+    branches = (prefixes * config.branches)[:affordable]
     if not latents:
         return sample(model, tokenizer, branches, config)
     cvae, psa = latents
@@ -420,15 +418,17 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
 #                 here it is by prompt and reward: see select_top_n                   [O]
 #   self-reward   the paper has S_IB itself                                           [P]
-#                 here, as in the code [arXiv 2507.18391], κ mean_t(A H_t), A as below   [C]
+#                 here, as in the released code, κ mean_t(A H_t), A as under Update   [C]
 # Why Î(r; a*): given q, I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The last logarithm is equal
 # for all responses to a prompt, so standardising removes it. r̄ is in the place of r, because after
-# r's own answer ln π(a*) would be the reward once more. In the tiny task it nearly is so after r̄,
-# too, whose last line is the answer. There the filter, within a reward, follows mainly Î(q; r).
+# r's own answer ln π(a*) would be the reward once more. In the tiny task the last line of r̄ is the
+# answer, too. So there Î(r; a*) nearly repeats the reward, and among responses of the same reward
+# mainly Î(q; r) decides.
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
 # We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
 # token depended on another. H_t is nearly always below h. So almost every token lowers S_IB: by h
-# if the policy was sure of it, as in repeated text, and by less if it hesitated.
+# if the policy was sure of it, as in repeated text, and by less if it hesitated. By this
+# term, right responses are dropped first if long and sure, wrong ones if short and hesitant.
 # H_t of a branch is that of the policy that sampled it, with its latent. [O]
 
 @torch.no_grad()
@@ -494,8 +494,7 @@ def ib_self_reward(entropy, advantages, mask):
 def set_scores(model, tokenizer, candidates, config):
     """Write S_IB into all candidates of a batch of problems."""
     gain = answer_gain(model, tokenizer, candidates, config)
-    entropy = pad([t.entropy for t in candidates], padding_value=-1)
-    mask = entropy >= 0  # entropies are not negative, so these are the tokens
+    entropy, mask = padded_entropy(candidates)
     groups = torch.tensor([t.group for t in candidates])
     h = frequency_entropy(candidates)
     scores = trajectory_ib_score(gain, entropy, mask, groups, config.beta, h)
@@ -536,8 +535,9 @@ def explore(model, tokenizer, latents, problems, config):
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
 # the tokens before and after it. The clip has this effect: where A > 0, tokens that the bare policy
 # finds much likelier than the steered one did are not raised, and where A < 0, tokens that it finds
-# much less likely are not lowered, so that rare choices are not punished. In the released code
-# π_old has no latent. The mean in A is not quite the bare policy's, for it includes branches. [O]
+# much less likely are not lowered, so that rare choices are not punished. But where A > 0, tokens
+# that the latent made likely count less, as importance weights must. In the released code π_old has
+# no latent. The mean in A is not quite the bare policy's, for it includes branches. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -587,9 +587,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch and other statistics, all means over the responses' own tokens.
 
-    `sampling_gap` sums |ln π - ln π_old| over the tokens of initial rollouts, because branches had
-    a latent, and `rollout_share` counts them, both per token of the batch. Their quotient, which
-    `update` takes, is rounding noise before a batch's first optimizer step, or a bug.
+    To see whether sampling and training agree, `update` takes the mean of |ln π - ln π_old| over
+    initial rollouts, since branches had a latent: `sampling_gap`, their sum per token of the batch,
+    divided by `rollout_share`. Before a first optimizer step it is rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -785,7 +785,7 @@ def check_policy(model, tokenizer, latents, problems, config):
     """Compare the ln π recorded in sampling with that of training passes, bare and steered. [O]
 
     End the program with a one-line message if they differ, or if latents change nothing. The
-    latents are not trained yet, so z is drawn from N(0, 9), for a clear effect.
+    latents are not trained yet, so z is 3 times standard normal, for a clear effect.
     """
     torch.manual_seed(config.seed)
     ordered = sorted(problems, key=len)  # two short and two long prompts, so that there is padding
@@ -849,6 +849,11 @@ def born_columns(batch):
     """Return the columns [B] whose states predict o_t*; in `last_states` column P + t is o_t."""
     P = max(len(t.prompt) for t in batch)
     return torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)
+
+def padded_entropy(trajectories):
+    """Return H_t of responses, [B, T], and the mask of their tokens."""
+    entropy = pad([t.entropy for t in trajectories], padding_value=-1)
+    return entropy, entropy >= 0  # entropies are not negative, so these are the tokens
 
 def last_states(model, batch):
     """Return the last hidden states [B, P + T, H] of trajectories, their ids [B, P + T], and P.
@@ -1092,7 +1097,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
     they were drawn with. [O] Rows are generated in several calls. Where iiblpo.py has latents,
-    steer(rows, born) returns a context that steers a call. Column `born` is each prefix's last.
+    steer(rows, born) returns a context that steers a call, whose prefixes end in column `born`.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id

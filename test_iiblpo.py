@@ -2503,7 +2503,7 @@ def evidence(run):
 
 @benchmark
 def test_evidence(monkeypatch):
-    """Both methods keep GRPO's pass@1 and gain in sound responses; runs are not done twice."""
+    """Both methods find more than GRPO, at about its pass@1; runs are not done twice."""
     monkeypatch.chdir(HERE)
     for flags in ("", "--habit 0", "--habit 0.5", "--habit 0.9"):
         m.warm_start(config(*flags.split()))
@@ -2511,11 +2511,11 @@ def test_evidence(monkeypatch):
         runs = [(*variant, seed) for *variant, seeds in EVIDENCE for seed in seeds]
         table = pandas.DataFrame(pool.map(evidence, runs)).set_index(["setting", "name", "seed"])
     columns = "pass@1 pass@16 distinct_correct sound@1 sound@16 distinct_sound fall".split()
-    less = {}
+    gains = {}
     for setting, values in table[columns].groupby("setting", sort=False):
         values = values.droplevel("setting")
-        less[setting] = values.sub(values.loc["grpo"], level="seed")
-        for title, part in (("mean ± standard error", values), ("less grpo's", less[setting])):
+        gains[setting] = values.sub(values.loc["grpo"], level="seed")
+        for title, part in (("mean ± standard error", values), ("minus GRPO's", gains[setting])):
             group = part.groupby("name", sort=False)
             text = group.mean().map("{:.3f}".format) + group.sem().map(" ± {:.3f}".format)
             print(f"\n{setting}: {title}\n{text.to_string()}")
@@ -2525,13 +2525,14 @@ def test_evidence(monkeypatch):
         group = more.groupby("setting")
         error = (group.sem() / 4).pow(2).sum().pow(0.5)
         text = group.mean().mean().map("{:+.4f}".format) + error.map(" ± {:.4f}".format)
-        print(f"\n{name} less the entropy bonus, mean of the four habits\n{text.to_string()}")
+        print(f"\n{name} minus the entropy bonus, mean of the four habits\n{text.to_string()}")
     default = table.loc["default"]
     assert default.loc[list(METHODS)].fall.max() <= 0.15  # no seed goes astray
     for name in ("iiblpo", "ib_tpo"):
-        gain = less["default"].loc[name]
-        assert gain["pass@1"].mean() >= -gain["pass@1"].sem() and gain["sound@16"].mean() >= 0.08
-        assert gain["distinct_sound"].mean() >= 0.3 * default.loc["grpo"].distinct_sound.mean()
+        gain = gains["default"].loc[name]
+        for column in ("pass@16", "sound@16", "distinct_sound"):
+            assert gain[column].mean() > 2 * gain[column].sem(), column
+        assert gain["pass@1"].mean() > -0.02
 
 @benchmark
 def test_where_to_branch():
