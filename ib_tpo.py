@@ -94,7 +94,7 @@ class Config:
     # The run
     model: str = setting("tiny", "a name of the hub such as Qwen2.5-0.5B, a folder, or tiny")
     method: Literal["ib_tpo", "grpo"] = setting(
-        "ib_tpo", "the method, or the baseline: independent rollouts, an advantage per response")
+        "ib_tpo", "the method, or the baseline: independent rollouts, GRPO's advantage")
     max_steps: int = setting(200, "largest number of training steps", "1..")
     max_tokens: int = setting(0, "sampled tokens after which the run stops (0: no limit)", "0..")
     seed: int = setting(0, "seed of problems and sampling", "0..")
@@ -123,8 +123,8 @@ class Config:
     rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
                             "tree has)", "0..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
-    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens), "
-                                   "prefixes not counted", "1..")
+    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + tokens still "
+                                   "to sample)", "1..")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0.001..")
     # Update
@@ -201,7 +201,7 @@ class Node:
     parent: "Node" = None
     children: list["Node"] = field(default_factory=list)
     visits: int = 0  # trajectories through this step
-    drawn: int = 0  # those that sampled it, as 3 rollouts did; 2 branches below it make 5 visits
+    drawn: int = 0  # of these, those that sampled it; the others had it in their prefix
     total_reward: float = 0.0  # summed over the visits, each 0 or 1
     end: int = 0  # number of response tokens up to the end of this step
     branched: int = 0  # how often it was branched from
@@ -346,7 +346,7 @@ def ib_score(node, beta):
     """Return J_IB of a node with children.
 
     Its children are weighted by how often they were sampled there. Visits by trajectories that had
-    the child in their prefix do not count.
+    the child in their prefix count only in p̂.
     """
     drawn = sum(s.drawn for s in node.children)  # n
     total = sum(s.drawn * information_gain(s, beta) * s.confidence for s in node.children)

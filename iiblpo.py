@@ -120,10 +120,10 @@ class Config:
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
     rollouts: int = setting(8, "responses per prompt of a baseline; iiblpo's rollouts and branches "
-                            "together cost about as many tokens", "1..")
+                            "together cost at most about as many tokens", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
-    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + new tokens), "
-                                   "prefixes not counted", "1..")
+    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + tokens still "
+                                   "to sample)", "1..")
     # Stage 1: branching
     initial: int = setting(2, "M: rollouts per prompt before branching", "1..")
     branches: int = setting(3, "K: branches per rollout", "1..")
@@ -320,7 +320,7 @@ class PseudoSelfAttention(torch.nn.Module):
         """
         self.keys = self.to_key(z).view(len(z), *self.slot_shape)  # k_z
         self.values = self.to_value(z).view(len(z), *self.slot_shape)  # v_z
-        self.shifts = self.to_norm(self.gamma * z).view(len(z), self.n_layers, 1, -1)  # w_z, age 0
+        self.shifts = self.to_norm(self.gamma * z).view(len(z), self.n_layers, 1, -1)  # first w_z
         self.born = torch.as_tensor(born, device=DEVICE).reshape(-1, 1)
         self.columns = 0  # how many columns the model has run in this block
         self.steering = self.gamma > 0
@@ -416,7 +416,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   answer term   Î(r; a*) = ln π(a* | q, r̄, cue) / |a*|                              [O]
 #   prompt term   Î(q; r) = Σ_t (h - H_t), h as explained below                       [O]
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
-#                 here it is by prompt and reward: see select_top_n                   [O]
+#                 here right ones of highest, wrong of lowest: see select_top_n       [O]
 #   self-reward   the paper has S_IB itself                                           [P]
 #                 here, as in the released code, κ mean_t(A H_t), A as under Update   [C]
 # Why Î(r; a*): given q, I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The last logarithm is equal
@@ -587,9 +587,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch and other statistics, all means over the responses' own tokens.
 
-    To see whether sampling and training agree, `update` takes the mean of |ln π - ln π_old| over
-    initial rollouts, since branches had a latent: `sampling_gap`, their sum per token of the batch,
-    divided by `rollout_share`. Before a first optimizer step it is rounding noise, or a bug.
+    `sampling_gap` and `rollout_share` are the initial rollouts' |ln π - ln π_old| and number, each
+    per token of the batch, and `update` divides them. Branches had a latent, so they do not count.
+    Before a batch's first optimizer step the quotient is rounding noise, or a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
