@@ -488,7 +488,7 @@ def k3(logp, reference):
 def trees_loss(model, packs, config, reference):
     """Return the loss, a mean over the tokens of all trajectories of the trees, and other means.
 
-    `sampling_gap` is |ln π - ln π_old|: rounding alone, before a batch's first optimizer step.
+    `sampling_gap` is |ln π - ln π_old|, which is only rounding before a first optimizer step.
     """
     batch = stack_packs(packs)
     old, weights = batch["logps"], batch["weights"]

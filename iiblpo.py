@@ -225,8 +225,8 @@ def branch_positions(entropy, mask, top_frac, generator=None):
 
     t* is drawn from Ω. The first position is left out, because a branch from there would be one
     more rollout. Of the n others, Ω holds the max(1, floor(ρ n)) of highest entropy. At ρ = 0.05
-    and n < 40, as in the tiny task, that is the highest alone. t* may be where EOS is, as in the
-    released code. A response of one token has t* = 0.
+    and n < 40, as in the tiny task with up to 6 digits, that is one. t* may be where EOS is, as in
+    the released code. A response of one token has t* = 0.
     """
     chosen = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
@@ -254,6 +254,7 @@ class LatentCVAE(torch.nn.Module):
 
     def __init__(self, width, z_dim):
         super().__init__()
+        self.free_nats = 8 / z_dim  # per dimension: 8 in all, whatever Z is
         self.prior_net = self.three_layers(width, 2 * z_dim)
         self.posterior_net = self.three_layers(2 * width, 2 * z_dim)
 
@@ -320,7 +321,7 @@ class PseudoSelfAttention(torch.nn.Module):
         """
         self.keys = self.to_key(z).view(len(z), *self.slot_shape)  # k_z
         self.values = self.to_value(z).view(len(z), *self.slot_shape)  # v_z
-        self.shifts = self.to_norm(self.gamma * z).view(len(z), self.n_layers, 1, -1)  # first w_z
+        self.shifts = self.to_norm(self.gamma * z).view(len(z), self.n_layers, 1, -1)  # initial w_z
         self.born = torch.as_tensor(born, device=DEVICE).reshape(-1, 1)
         self.columns = 0  # how many columns the model has run in this block
         self.steering = self.gamma > 0
@@ -384,7 +385,7 @@ def latent_loss(model, latents, batch, prefix, continuation):
         logp, _, mask = token_logps(model, batch)
     logp = (logp * mask).sum(1)
     kl = torch.distributions.kl_divergence(posterior, prior)  # [B, Z]
-    return (kl.clamp(min=8 / kl.shape[1]).sum(1) / 2 - logp).mean(), logp, kl.mean(0)
+    return (kl.clamp(min=cvae.free_nats).sum(1) / 2 - logp).mean(), logp, kl.mean(0)
 
 @torch.no_grad()
 def branch(model, tokenizer, latents, parents, config, budget=math.inf):
@@ -487,7 +488,7 @@ def select_top_n(candidates, keep):
 def ib_self_reward(entropy, advantages, mask):
     """Return mean_t(A H_t), with a gradient through H_t; entropy, mask: [B, T], advantages: [B].
 
-    The released code has it from IBRO [arXiv 2507.18391]. It raises the entropy where A > 0.
+    The loss raises H_t where A > 0, and lowers it where A < 0. From IBRO [arXiv 2507.18391]. [C]
     """
     return (advantages[:, None] * entropy * mask).sum() / mask.sum()
 
@@ -533,11 +534,10 @@ def explore(model, tokenizer, latents, problems, config):
 #              t* on; tokens with A = 0 count, too                             [O]
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
-# the tokens before and after it. The clip has this effect: where A > 0, tokens that the bare policy
-# finds much likelier than the steered one did are not raised, and where A < 0, tokens that it finds
-# much less likely are not lowered, so that rare choices are not punished. But where A > 0, tokens
-# that the latent made likely count less, as importance weights must. In the released code π_old has
-# no latent. The mean in A is not quite the bare policy's, for it includes branches. [O]
+# the tokens before and after it. By the clip, tokens with A > 0 and r_t > 1 + clip_high are not
+# raised, and tokens with A < 0 and r_t < 1 - clip_low are not lowered, so that rare choices are not
+# punished. But where A > 0, tokens that the latent made likely have r_t < 1, so they count less. In
+# the released code π_old has no latent. The branches in A's mean are not the bare policy's. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -843,7 +843,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     with torch.no_grad():
         bare, _, mask = token_logps(model, batch)
     return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "latents_kl": kl.sum().item(),
-            "active_dims": (kl > 8 / len(kl)).sum().item(), "latent_tokens": tokens}
+            "active_dims": (kl > latents[0].free_nats).sum().item(), "latent_tokens": tokens}
 
 def born_columns(batch):
     """Return the columns [B] whose states predict o_t*; in `last_states` column P + t is o_t."""
