@@ -119,7 +119,7 @@ class Config:
                               "continuations of each of the K best nodes", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
         "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: the shallowest "
-        "nodes; entropy: before the step of highest token entropy; independent: nowhere")
+        "nodes; entropy: before the step with the token of highest H_t; independent: nowhere")
     rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
                             "tree has)", "0..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
@@ -255,8 +255,8 @@ def split_steps(token_ids, tokenizer, delimiter):
 def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
     """Add a trajectory to its tree; return its leaf.
 
-    steps: lists of tokens; step_logps, step_entropy: a [T] for each; reward: 0 or 1. Steps that
-    begin before token `start` of the response were in the trajectory's prefix.
+    steps: lists of tokens; step_logps, step_entropy: a tensor [T] per step; reward: 0 or 1. Steps
+    that begin before token `start` of the response were in the trajectory's prefix.
     """
     path = [root]
     for i, tokens in enumerate(steps):
@@ -324,7 +324,7 @@ def grow(model, tokenizer, problems, config, rng):
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
 # The Gini entropy of (1) would be H(s|a*,v) = 1 - Σ_s π(s|a*,v)², from which (2) does not follow.
-# (2) does follow, up to a constant and with β for 1+β, if H(s|a*,v) is a cross-entropy: [O]
+# (2) does follow, up to a constant and with β in place of 1+β, if H(s|a*,v) is a cross-entropy: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
@@ -333,7 +333,7 @@ def grow(model, tokenizer, problems, config, rng):
 # How to read the score: as long as no node below v was branched from, p̂(a*|v) is the mean of
 # p̂(a*|s_b). Then the mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So it is
 # high where the confident children are better than the others. It is also high where confidence is
-# low, which weighs more the smaller β is. With one child, or if all or none are right, Cov is 0.
+# low, and the more so the smaller β is. With one child, or if all or none are right, Cov is 0.
 
 def information_gain(node, beta):
     """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
@@ -363,18 +363,18 @@ def ib_covariance(node, beta):
     return sum(s.drawn * (gain[s] - mean_gain) * s.confidence for s in node.children) / n
 
 def select_nodes(root, k, sampler, config, rng):
-    """Return the k nodes to branch from; a node must have children, and room for one more token.
+    """Return the k nodes to branch from; a node must have children.
 
         ib       those of highest J_IB                                                         [P]
         random   any, as RandTree does                                                         [P]
-        entropy  those before the step with the highest H_t                                    [O]
+        entropy  those before the step with the token of highest H_t                           [O]
         fixed    the shallowest ones                                                           [O]
 
     `entropy` is in place of EPTree, which branches inside a step, at the token of highest -ln π.
     `fixed` is in place of TreePO, which branches every so many tokens. `entropy` and `fixed` first
     take the nodes branched from least often. If there are fewer than k nodes, they are repeated.
     """
-    nodes = [n for n in root.walk() if n.children and n.end < config.max_new_tokens]
+    nodes = [n for n in root.walk() if n.children]
     if sampler == "ib":
         nodes.sort(key=lambda n: -ib_score(n, config.beta))
     elif sampler == "entropy":
@@ -393,9 +393,9 @@ def select_nodes(root, k, sampler, config, rng):
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
 # are right, A(s) is this price alone. [O]
-# Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So at ratio 1,
-# A_GL on the tree is GRPO on its trajectories. But these trajectories are not independent draws of
-# the policy. Prefixes were chosen by their outcome, which biases p̂ of the steps above them. [O]
+# Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So where
+# r_t = 1, A_GL on the tree is GRPO on its trajectories. But these are not independent draws of the
+# policy. Prefixes were chosen by their outcome, which biases p̂ of the steps above them. [O]
 
 def step_advantage(node, root, config):
     """Return A(s) of the kind that config.advantage names.
@@ -481,14 +481,14 @@ def k3(logp, reference):
     """Return the k3 estimate of KL(π || π_ref) per token: ρ - 1 - ln ρ, ρ = π_ref / π. [GRPO]
 
     Its mean over samples of π is KL(π || π_ref). But its gradient at fixed samples of π is, on
-    average, that of KL(π_ref || π). GRPO does so, and so do we.
+    average, that of KL(π_ref || π). GRPO accepts this, and so do we.
     """
     return (reference - logp).exp() - 1 - (reference - logp)
 
 def trees_loss(model, packs, config, reference):
     """Return the loss, a mean over the tokens of all trajectories of the trees, and other means.
 
-    `sampling_gap` is |ln π - ln π_old|, which is only rounding before a first optimizer step.
+    `sampling_gap` is |ln π - ln π_old|, which is rounding before the batch's first step.
     """
     batch = stack_packs(packs)
     old, weights = batch["logps"], batch["weights"]
@@ -578,7 +578,7 @@ def set_up(config):
     # Checkpoints hold what a run has learnt, latents included, but not the reference policy
     if any(weight.requires_grad for weight in run.extra.parameters()):
         run.parts["extra"] = run.extra
-    if (run.folder / "state.pt").exists():
+    if config.resume:
         run.state = load_state(run.folder, config, run.parts)
     else:
         before = evaluate(run.model, run.tokenizer, run.heldout, config)
@@ -645,9 +645,8 @@ def set_schedule(run, config):
 def check_policy(model, tokenizer, reference, problems, config):
     """Compare the ln π recorded in sampling with those of the row alone and of a packed tree. [O]
 
-    Models with ALiBi or local attention, for example, do not take positions and mask as given.
-    Their updates would be silently wrong, so the program ends with a one-line message. The
-    reference needs no check, because it begins as a copy of the policy.
+    Models with ALiBi or local attention, for example, do not heed given positions or masks. Then
+    the program ends with a one-line message. The reference begins as a copy: it needs no check.
     """
     torch.manual_seed(config.seed)
     ordered = sorted(problems, key=len)  # two short and two long prompts, so that there is padding
@@ -781,7 +780,7 @@ class Recorder(transformers.LogitsProcessor):
         return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
 
 def cut_at_end(tokens, room, eos):
-    """Return the tokens up to the first EOS, or those there is room for; and whether EOS came.
+    """Return the tokens up to the first EOS, or the first `room`; and whether EOS came.
 
     cut_at_end([5, 6, 1, 0], room=9, eos=[1]) -> ([5, 6, 1], True)
     """
@@ -805,7 +804,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows that may go on for equally long are together
+    # A call runs until its longest row ends, so rows of similar size are together
     sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
@@ -1279,7 +1278,7 @@ def extract_answer(text):
 #   split_list, ITEM      the parts of a list            name x, value (2+\frac12), unit cm
 #   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
 #   OPERATORS             `expression` calculates it     2.5
-# Each pair of READ_AS is written from=>to, and ~ is a blank: ≤=>\le~ makes "\le " of ≤.
+# Each pair of READ_AS is written from=>to, and ~ is a blank: <==>\le~ makes "\le " of <=.
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
@@ -1304,7 +1303,7 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
 # Words that belong to a value, or change its sense, are no units: 5 million, not 5
 NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
-               r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b")
+               r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)[eths]*\b")
 UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"  # x_1, f(x), |x|
 # "x = 5 cm" -> x, 5, cm. Before a unit there is a blank, except before %, cm, km, mm and kg
@@ -1315,7 +1314,7 @@ ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?"  # a name, before 
                   r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power: cm^2
 TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by one
                    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
-                   r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, but no, on, ln
+                   r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, unlike no, on, ln
                    r"\\?[A-Za-z]+|\S")  # words and other signs
 # The blanks that mean "times", as in x y and 2 \pi, but not in \frac 1 2 or 6 (7)
 PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
@@ -1323,8 +1322,8 @@ PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # A letter stands for a complex number, which mpf() refuses. So x^2 is calculated, but x^(1/2),
-    # whose sign is open, is compared as text
+    # A letter stands for a complex number, for which mpf() raises TypeError. So x^2 is calculated,
+    # but `value_of` compares x^(1/2), whose sign is open, as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1359,7 +1358,7 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    # `least` is 4 only on the right of ^. Exponents stay small: 200 of the 300 digits are right
+    # `least` is 4 only on the right of ^. Within these bounds 200 of the 300 digits are right
     largest = 200 if least == 4 else 1e80
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")
@@ -1438,8 +1437,8 @@ def problem_metrics(responses, config):
     """Return the metrics of a problem's k responses, whose rewards are set.
 
     pass@n: the chance that at least one of n responses is right; sound@n likewise. maj@k: whether
-    the most frequent answer is right. distinct_1, distinct_4: over all responses. distinct_correct:
-    how many different right responses there are.
+    the most frequent answer is right. distinct_1, distinct_4: the share of n-grams that are
+    different. distinct_correct: how many different right responses there are.
     """
     k = len(responses)
     right = [t.text for t in responses if t.reward]
@@ -1570,11 +1569,14 @@ def folder_of(config):
 def load_state(folder, config, parts):
     """Restore the `parts`, {name: module or optimizer}, from state.pt; return what else it holds.
 
-    End the program with a one-line message where the run was begun with other settings.
+    End the program with a one-line message where it is damaged, or of other settings.
     """
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
                   "micro_tokens", "generate_tokens", "recompute")
-    state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
+    try:
+        state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
+    except Exception as e:  # whatever a damaged file raises
+        fail(f"cannot read {folder / 'state.pt'}: {e!r}")
     for name, value in asdict(config).items():
         if name not in may_differ and state["config"].get(name) != value:
             fail(f"{folder} was made with {name} {state['config'].get(name)!r}, not {value!r}")
@@ -1585,7 +1587,7 @@ def load_state(folder, config, parts):
 def run_folder(config):
     """Return the folder of the run: a new one, or with --resume the one that is there."""
     folder = folder_of(config)
-    if config.resume and not folder.exists():
+    if config.resume and not (folder / "state.pt").exists():
         fail(f"there is no run in {folder} to resume")
     if folder.exists() and not config.resume:
         fail(f"{folder} exists: choose another --out, or go on with --resume")
@@ -1630,7 +1632,7 @@ def print_table(folder, summary):
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
     # The folder that a run of GRPO with the same model and seed would have beside this one
-    grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)
+    grpo = folder.parent / folder_of(Config(**config | {"method": "grpo", "out": ""})).name
     if (grpo / "summary.json").exists() and grpo != folder:
         other = json.loads((grpo / "summary.json").read_text(encoding="utf-8"))
         alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps",
@@ -1643,7 +1645,7 @@ def print_table(folder, summary):
     print(f"{summary['seconds']:.0f} s; everything is in {folder}")
 
 def in_words(summary):
-    """Return what the table says, in a sentence of three numbers."""
+    """Return what the table says, in a sentence of three numbers and what they were before."""
     before, after = summary["before"], summary["after"]
     k = summary["config"]["eval_samples"]
     solved, kinds = f"pass@{k}", "distinct_correct"
@@ -1660,7 +1662,7 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         if config.show:
             return show(config)

@@ -103,7 +103,7 @@ class Config:
     out: str = setting("", "folder of the run (by default runs/METHOD-MODEL-SEED)")
     resume: bool = setting(False, "go on from the run's last checkpoint")
     save_every: int = setting(10, "steps between checkpoints", "1..")
-    show: bool = setting(False, "print how one problem is explored, and do not train")
+    show: bool = setting(False, "print how iiblpo explores one problem, and do not train")
     probe_heads: bool = setting(False, "print which attention heads know how difficult a problem "
                                 "is, and do not train")
     # Problems
@@ -129,7 +129,7 @@ class Config:
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
         "psa", "psa: each branch has its latent; random: branches differ by chance alone")
-    top_frac: float = setting(0.05, "rho: t* is among this share of tokens, of highest H_t", "0..1")
+    top_frac: float = setting(0.05, "rho: t* is one of this share of tokens of highest H_t", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
                                "the run", "0..")
@@ -206,8 +206,8 @@ class Trajectory:
 #   their training         maximises the ELBO, see `latent_loss`                       [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
-#                          the KL is halved, and in each dimension 8 / Z nats of it are free,  [O]
-#                          not penalised, or else q_φ would become p_ψ, and z would tell nothing
+#                          the KL is halved, and its first 8 / Z nats per dimension cost nothing,
+#                          or else q_φ would become p_ψ, and z would tell nothing      [O]
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V]                             [P]
 #                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
@@ -283,9 +283,9 @@ class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
     In the released code it enters the last four layers, and its maps begin with std 0.01. [C]
-    Each layer has its own linear maps. The key k_z gets no rotary embedding. Column `born` of the
-    padded input holds the last token of c, so its state predicts o_t*. The age of a column is
-    column - born. Columns before `born` see neither the latent's slot nor the shifted norms. [O]
+    Each layer has its own linear maps. The latent's slot, k_z and v_z, has no rotary embedding.
+    Column `born` of the padded input holds the last token of c, so its state predicts o_t*. The age
+    of a column is column - born. Columns before `born` see neither slot nor shifted norms. [O]
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
 
@@ -404,8 +404,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
         return sample(model, tokenizer, branches, config)
     cvae, psa = latents
     z = cvae.sample(features(model, prefixes, config)[0], config.branches).flatten(0, 1)  # [K B, Z]
-    # z[i] is of branches[i], because both run over all parents before they begin again. `sample`
-    # gives the indices of the rows of a call, and the column of the last token of c
+    # z[i] belongs to branches[i], because both list all parents once, then all again. `sample`
+    # calls `steer` with the indices of a call's rows, and the column of the last token of c
     return sample(model, tokenizer, branches, config,
                   steer=lambda rows, born: psa.steer(z[rows], born))
 
@@ -418,11 +418,11 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   prompt term   Î(q; r) = Σ_t (h - H_t), h as explained below                       [O]
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
 #                 here right ones of highest, wrong of lowest: see select_top_n       [O]
-#   self-reward   the paper has S_IB itself                                           [P]
+#   self-reward   the paper's figure adds S_IB itself to the loss                     [P]
 #                 here, as in the released code, κ mean_t(A H_t), A as under Update   [C]
 # Why Î(r; a*): given q, I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The last logarithm is equal
 # for all responses to a prompt, so standardising removes it. r̄ is in the place of r, because after
-# r's own answer ln π(a*) would be the reward once more. In the tiny task the last line of r̄ is the
+# r's own answer ln π(a*) would only repeat the reward. In the tiny task the last line of r̄ is the
 # answer, too. So there Î(r; a*) nearly repeats the reward, and among responses of the same reward
 # mainly Î(q; r) decides.
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
@@ -436,7 +436,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 def answer_gain(model, tokenizer, trajectories, config):
     """Return Î(r; a*), [B], in nats per answer token, under the policy without latents.
 
-    r̄ is the text before the marker of the answer that `find_answer` found, or all if none is. [O]
+    r̄ is the text before the marker of the answer that `find_answer` found, or else all text. [O]
     """
     cue = cue_of(config.prompt)
     reasoning = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄
@@ -506,7 +506,7 @@ def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
     Initial rollouts and branches together may cost as many tokens as `config.rollouts` responses
-    per prompt would, at the mean length of the initial ones. Rounds share this evenly. [O]
+    per prompt would, at the initial ones' mean length. Rounds share the branches' part evenly. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
     A round branches from what the last one kept, and then filters all branches anew. [O]
     """
@@ -534,10 +534,10 @@ def explore(model, tokenizer, latents, problems, config):
 #              t* on; tokens with A = 0 count, too                             [O]
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
-# the tokens before and after it. By the clip, tokens with A > 0 and r_t > 1 + clip_high are not
-# raised, and tokens with A < 0 and r_t < 1 - clip_low are not lowered, so that rare choices are not
-# punished. But where A > 0, tokens that the latent made likely have r_t < 1, so they count less. In
-# the released code π_old has no latent. The branches in A's mean are not the bare policy's. [O]
+# the tokens before and after it. A token that the latent made likelier has r_t < 1. Where A > 0 it
+# counts less. Where A < 0 and r_t < 1 - clip_low, the clip leaves it alone, so that rare choices
+# are not punished. Likewise tokens with A > 0 and r_t > 1 + clip_high are not raised. A's mean
+# includes branches, which the bare policy did not sample. In the released code π_old has no z. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -587,9 +587,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch and other statistics, all means over the responses' own tokens.
 
-    `sampling_gap` and `rollout_share` are the initial rollouts' |ln π - ln π_old| and number, each
-    per token of the batch, and `update` divides them. Branches had a latent, so they do not count.
-    Before a batch's first optimizer step the quotient is rounding noise, or a bug.
+    `sampling_gap` is the sum of |ln π - ln π_old| over the initial rollouts' tokens, and
+    `rollout_share` the number of these tokens, each per own token of the batch. Branches had a
+    latent, so they do not count. `update` returns the quotient, the mean over the rollouts' tokens.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -655,7 +655,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
         set_advantages(candidates, kept)
     elif config.method == "dapo":
         candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
-        set_advantages(candidates, candidates)  # so nothing is reweighted for what dapo drops
+        set_advantages(candidates, candidates)  # n/k is 1: nothing stands in for what dapo drops
     else:
         candidates = kept = roll_out(model, tokenizer, batch, config)
         set_advantages(candidates, kept)
@@ -691,7 +691,7 @@ def set_up(config):
     # Checkpoints hold what a run has learnt, latents included, but not the reference policy
     if any(weight.requires_grad for weight in run.extra.parameters()):
         run.parts["extra"] = run.extra
-    if (run.folder / "state.pt").exists():
+    if config.resume:
         run.state = load_state(run.folder, config, run.parts)
     else:
         before = evaluate(run.model, run.tokenizer, run.heldout, config)
@@ -744,13 +744,13 @@ def prepare(model, config):
         return torch.nn.ModuleList()
     norm = dict(model.base_model.named_modules()).get("layers.0.input_layernorm")
     if not hasattr(norm, "variance_epsilon"):
-        fail(f"latents need RMSNorm layers (as in Qwen2, Qwen3 and Llama), which "
-             f"{type(model).__name__} does not have: use --branch_mode random or a baseline")
+        fail(f"latents need RMSNorm layers like those of Qwen2, Qwen3 and Llama, unlike "
+             f"{type(model).__name__}'s: use --branch_mode random or a baseline")
     cvae = LatentCVAE(model.config.hidden_size, config.z_dim)
     return torch.nn.ModuleList([cvae, PseudoSelfAttention(model, config)]).to(DEVICE)
 
 def set_schedule(run, config):
-    """Set what changes over a run: the learning rate rises for 20 steps; it and γ fall to 0. [O]"""
+    """Let the learning rate rise for 20 steps and then fall to 0; let γ fall from the start. [O]"""
     step = len(run.state["log"])
     run.optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / 20, 1 - run.done)
     if run.extra:
@@ -959,8 +959,8 @@ def show(config):
         print(f"{prefix}▸{own}" if t.is_branch else own)
     return candidates
 
-# The paper is reported to look for attention heads that react to a prompt's difficulty. Training
-# does not use them. [P, reported] The recipe is ours, after [arXiv 2510.05969]. A prompt's
+# The paper is reported to look for attention heads that react to a prompt's difficulty, which is
+# analysis, not training. [P, reported] The recipe is ours, after [arXiv 2510.05969]. A prompt's
 # difficulty is 1 minus its pass rate. For each head, a ridge regression predicts it from the head's
 # output at the prompt's last token. The head's score is the Spearman correlation of prediction and
 # difficulty on prompts not fitted. [O]
@@ -1078,7 +1078,7 @@ class Recorder(transformers.LogitsProcessor):
         return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
 
 def cut_at_end(tokens, room, eos):
-    """Return the tokens up to the first EOS, or those there is room for; and whether EOS came.
+    """Return the tokens up to the first EOS, or the first `room`; and whether EOS came.
 
     cut_at_end([5, 6, 1, 0], room=9, eos=[1]) -> ([5, 6, 1], True)
     """
@@ -1102,7 +1102,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows that may go on for equally long are together
+    # A call runs until its longest row ends, so rows of similar size are together
     sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
@@ -1576,7 +1576,7 @@ def extract_answer(text):
 #   split_list, ITEM      the parts of a list            name x, value (2+\frac12), unit cm
 #   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
 #   OPERATORS             `expression` calculates it     2.5
-# Each pair of READ_AS is written from=>to, and ~ is a blank: ≤=>\le~ makes "\le " of ≤.
+# Each pair of READ_AS is written from=>to, and ~ is a blank: <==>\le~ makes "\le " of <=.
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
@@ -1601,7 +1601,7 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
 # Words that belong to a value, or change its sense, are no units: 5 million, not 5
 NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
-               r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)e?s?\b")
+               r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)[eths]*\b")
 UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"  # x_1, f(x), |x|
 # "x = 5 cm" -> x, 5, cm. Before a unit there is a blank, except before %, cm, km, mm and kg
@@ -1612,7 +1612,7 @@ ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?"  # a name, before 
                   r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power: cm^2
 TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by one
                    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
-                   r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, but no, on, ln
+                   r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, unlike no, on, ln
                    r"\\?[A-Za-z]+|\S")  # words and other signs
 # The blanks that mean "times", as in x y and 2 \pi, but not in \frac 1 2 or 6 (7)
 PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
@@ -1620,8 +1620,8 @@ PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # A letter stands for a complex number, which mpf() refuses. So x^2 is calculated, but x^(1/2),
-    # whose sign is open, is compared as text
+    # A letter stands for a complex number, for which mpf() raises TypeError. So x^2 is calculated,
+    # but `value_of` compares x^(1/2), whose sign is open, as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1656,7 +1656,7 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    # `least` is 4 only on the right of ^. Exponents stay small: 200 of the 300 digits are right
+    # `least` is 4 only on the right of ^. Within these bounds 200 of the 300 digits are right
     largest = 200 if least == 4 else 1e80
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")
@@ -1735,8 +1735,8 @@ def problem_metrics(responses, config):
     """Return the metrics of a problem's k responses, whose rewards are set.
 
     pass@n: the chance that at least one of n responses is right; sound@n likewise. maj@k: whether
-    the most frequent answer is right. distinct_1, distinct_4: over all responses. distinct_correct:
-    how many different right responses there are.
+    the most frequent answer is right. distinct_1, distinct_4: the share of n-grams that are
+    different. distinct_correct: how many different right responses there are.
     """
     k = len(responses)
     right = [t.text for t in responses if t.reward]
@@ -1867,11 +1867,14 @@ def folder_of(config):
 def load_state(folder, config, parts):
     """Restore the `parts`, {name: module or optimizer}, from state.pt; return what else it holds.
 
-    End the program with a one-line message where the run was begun with other settings.
+    End the program with a one-line message where it is damaged, or of other settings.
     """
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
                   "micro_tokens", "generate_tokens", "recompute")
-    state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
+    try:
+        state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
+    except Exception as e:  # whatever a damaged file raises
+        fail(f"cannot read {folder / 'state.pt'}: {e!r}")
     for name, value in asdict(config).items():
         if name not in may_differ and state["config"].get(name) != value:
             fail(f"{folder} was made with {name} {state['config'].get(name)!r}, not {value!r}")
@@ -1882,7 +1885,7 @@ def load_state(folder, config, parts):
 def run_folder(config):
     """Return the folder of the run: a new one, or with --resume the one that is there."""
     folder = folder_of(config)
-    if config.resume and not folder.exists():
+    if config.resume and not (folder / "state.pt").exists():
         fail(f"there is no run in {folder} to resume")
     if folder.exists() and not config.resume:
         fail(f"{folder} exists: choose another --out, or go on with --resume")
@@ -1927,7 +1930,7 @@ def print_table(folder, summary):
     config = summary["config"]
     table = pandas.DataFrame({"before": summary["before"], "after": summary["after"]})
     # The folder that a run of GRPO with the same model and seed would have beside this one
-    grpo = folder.with_name(folder_of(Config(**config | {"method": "grpo", "out": ""})).name)
+    grpo = folder.parent / folder_of(Config(**config | {"method": "grpo", "out": ""})).name
     if (grpo / "summary.json").exists() and grpo != folder:
         other = json.loads((grpo / "summary.json").read_text(encoding="utf-8"))
         alike = ("model", "dataset", "eval_dataset", "operands", "habit", "warm_steps", "max_steps",
@@ -1940,7 +1943,7 @@ def print_table(folder, summary):
     print(f"{summary['seconds']:.0f} s; everything is in {folder}")
 
 def in_words(summary):
-    """Return what the table says, in a sentence of three numbers."""
+    """Return what the table says, in a sentence of three numbers and what they were before."""
     before, after = summary["before"], summary["after"]
     k = summary["config"]["eval_samples"]
     solved, kinds = f"pass@{k}", "distinct_correct"
@@ -1957,7 +1960,7 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         if config.show:
             return show(config)
