@@ -119,7 +119,7 @@ class Config:
                               "continuations of each of the K best nodes", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
         "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: the shallowest "
-        "nodes; entropy: before the step with the token of highest H_t; independent: nowhere")
+        "nodes; entropy: where a child has the token of highest H_t; independent: nowhere")
     rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
                             "tree has)", "0..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
@@ -279,7 +279,7 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
 def prefix_at(node, problem):
     """Return a trajectory whose response is the steps down to a node, to be continued."""
     path = node.path()
-    # The problem's tensors are empty. They come first because `cat` of nothing is an error
+    # `problem.logps` is empty. At the root, `cat` would else have nothing, which is an error
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
                    entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
@@ -367,7 +367,7 @@ def select_nodes(root, k, sampler, config, rng):
 
         ib       those of highest J_IB                                                         [P]
         random   any, as RandTree does                                                         [P]
-        entropy  those before the step with the token of highest H_t                           [O]
+        entropy  those of which a child has the token of highest H_t                           [O]
         fixed    the shallowest ones                                                           [O]
 
     `entropy` is in place of EPTree, which branches inside a step, at the token of highest -ln π.
@@ -386,7 +386,7 @@ def select_nodes(root, k, sampler, config, rng):
     return (nodes * k)[:k]
 
 # ==== Step-level advantages
-#   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards; 0 if all are equal       [P]
+#   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards; A_GL = 0 if std = 0      [P]
 #   A_IB(s) = η₁(s) η₂(s)                                                          [P]
 #             the paper has π_ref in η₂; here it is the policy that sampled        [O]
 #   A(s) = A_GL(s) + λ A_IB(s): s against the whole tree, and against its parent   [P]
@@ -429,8 +429,8 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
     logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], a token's weight in the mean.
-    min(r_t A, clip(r_t) A) bounds r_t from above where A > 0, and from below where A < 0. There the
-    dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
+    min(r_t A, clip(r_t) A) bounds r_t from above where A > 0, and from below where A < 0, where the
+    dual clip bounds it by 3 from above. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -488,7 +488,7 @@ def k3(logp, reference):
 def trees_loss(model, packs, config, reference):
     """Return the loss, a mean over the tokens of all trajectories of the trees, and other means.
 
-    `sampling_gap` is |ln π - ln π_old|, which is rounding before the batch's first step.
+    `sampling_gap` is |ln π - ln π_old|, mere rounding until the batch's first step.
     """
     batch = stack_packs(packs)
     old, weights = batch["logps"], batch["weights"]
@@ -643,7 +643,7 @@ def set_schedule(run, config):
     run.optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / 20, 1 - run.done)
 
 def check_policy(model, tokenizer, reference, problems, config):
-    """Compare the ln π recorded in sampling with those of the row alone and of a packed tree. [O]
+    """Compare the ln π recorded in sampling with that of a row alone and of a packed tree. [O]
 
     Models with ALiBi or local attention, for example, do not heed given positions or masks. Then
     the program ends with a one-line message. The reference begins as a copy: it needs no check.
@@ -804,8 +804,8 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows of similar size are together
-    sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
+    # A call runs until its longest row ends, so rows with similar room are together
+    sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]  # t.response is left out
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
     for rows in calls:
@@ -849,8 +849,8 @@ def head_logps(model, states, targets):
 def recompute_layers(model, config):
     """In the block, store only each layer's input for the backward pass, which runs it again.
 
-    Without `config.recompute`, do nothing. The checkpointing of transformers needs training mode,
-    where dropout would change ln π.
+    Without `config.recompute`, do nothing. The checkpointing of transformers is not used, because
+    it needs training mode, where dropout would change ln π.
     """
     layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
     for layer in layers if config.recompute else []:
@@ -1214,7 +1214,7 @@ def warm_start(config):
         digits = rng.randint(low, high)  # one length a batch: nothing to pad
         questions = chain_questions(rng, [digits, digits], False, 64)
         pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
-        problems = encode(pairs, model, tokenizer, config)  # with a demonstration in place of gold
+        problems = encode(pairs, model, tokenizer, config)  # here `gold` is a demonstration
         end = [tokenizer.eos_token_id]
         ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + end for t in problems])
         labels = ids.clone()
@@ -1288,20 +1288,20 @@ READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=>
 SPELLINGS = [  # patterns and what replaces them, in this order
     (r"\\(?:text|math|mbox|bold)\w*\s*\{([^{}]*)\}", r" \1 "),  # 5\text{ cm} -> 5 cm
     (r"(?<=\d) ?(?:,\\!|\\,|\{ ?, ?\}) ?(?=\d{3})", ""),  # 1{,}000 -> 1000
-    # Each word and sign that READ_AS knows: \dfrac -> \frac, × -> *
+    # Each word and sign, as READ_AS spells it: \dfrac -> \frac, × -> *
     (r"\\?[A-Za-z]+|\*\*|[<>]=|\\[%\\]|[^\w .]|[²π]", lambda sign: READ_AS.get(sign[0], sign[0])),
     (r"\\(begin|end)\{\w*matrix\}", lambda end: "((" if end[1] == "begin" else "))"),
     (r"(?:\\[,;:! ()\[\]]|(?<!\\)\$|~|\s)+", " "),  # $x\ y$ -> x y
     (r"^ ?(-?)\\\$(.*?)(?: dollars)?[ .]*$", r"\1\2 dollars"),  # \$5 -> 5 dollars
     (r"(?<![^,])([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),  # 1\pm2 -> 1+2,1-2
-    (r"(?<![^(\[,=]) *\+", ""),  # a plus at the start, or behind one of ( [ , = : (+5 -> (5
+    (r"(?<![^(\[,=]) *\+", ""),  # +5 -> 5, (+5 -> (5, and likewise after [ , =
     (r"\\[${}]|\^ ?\{?\\circ\}?", ""),  # \{90^\circ\} -> 90
     (r"[. ]+$|^ +|, *(?=,)", ""),  # 1,,2. -> 1,2
     (r"(?<![\w.)}!])(1?\d)!", lambda n: str(math.factorial(int(n[1])))),  # 3! -> 6
     # 1,000 or 1 000 -> 1000, only as a whole answer or after "="
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
-# Words that belong to a value, or change its sense, are no units: 5 million, not 5
+# Words that belong to a value, or change its sense, are no units: 5 million, 5 tenths, not 5
 NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
                r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)[eths]*\b")
 UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
@@ -1316,7 +1316,7 @@ TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by
                    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
                    r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, unlike no, on, ln
                    r"\\?[A-Za-z]+|\S")  # words and other signs
-# The blanks that mean "times", as in x y and 2 \pi, but not in \frac 1 2 or 6 (7)
+# The blanks that mean "times", as in x y, 2 \pi and 2 ( x ), but not in \frac 1 2 or 6 ( 7 )
 PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
            r"(?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))")
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
@@ -1358,7 +1358,7 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    # `least` is 4 only on the right of ^. Within these bounds 200 of the 300 digits are right
+    # `least` is 4 only in an exponent. Within these bounds 200 of the 300 digits are right
     largest = 200 if least == 4 else 1e80
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")
@@ -1481,7 +1481,7 @@ def pass_rates(trajectories):
     return {group: sum(found) / len(found) for group, found in rewards.items()}
 
 def rollout_metrics(trajectories):
-    """Return what is logged of a step's responses: shares, means over responses, and counts."""
+    """Return what is logged of a step's responses: shares, counts, and mean entropy per token."""
     trajectories = gather(trajectories)
     tokens = own_tokens(trajectories)
     count = len(trajectories)
@@ -1569,7 +1569,7 @@ def folder_of(config):
 def load_state(folder, config, parts):
     """Restore the `parts`, {name: module or optimizer}, from state.pt; return what else it holds.
 
-    End the program with a one-line message where it is damaged, or of other settings.
+    End the program with a one-line message if it is damaged or was made with other settings.
     """
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
                   "micro_tokens", "generate_tokens", "recompute")
@@ -1648,11 +1648,11 @@ def in_words(summary):
     """Return what the table says, in a sentence of three numbers and what they were before."""
     before, after = summary["before"], summary["after"]
     k = summary["config"]["eval_samples"]
-    solved, kinds = f"pass@{k}", "distinct_correct"
+    passed, different = f"pass@{k}", "distinct_correct"
     return (f"{after['pass@1']:.0%} of the responses are right (before: {before['pass@1']:.0%}), "
-            f"{after[solved]:.0%} of the problems have a right one\namong {k} "
-            f"(before: {before[solved]:.0%}), and a problem has {after[kinds]:.2f} different right "
-            f"responses (before: {before[kinds]:.2f}).")
+            f"{after[passed]:.0%} of the problems have a right one\namong {k} (before: "
+            f"{before[passed]:.0%}), and a problem has {after[different]:.2f} different right "
+            f"responses (before: {before[different]:.2f}).")
 
 def main(argv=None):
     """Run the command line; return the run's summary."""

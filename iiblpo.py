@@ -129,7 +129,7 @@ class Config:
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
         "psa", "psa: each branch has its latent; random: branches differ by chance alone")
-    top_frac: float = setting(0.05, "rho: t* is one of this share of tokens of highest H_t", "0..1")
+    top_frac: float = setting(0.05, "rho: t* is drawn from this top share of tokens by H_t", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
                                "the run", "0..")
@@ -364,8 +364,8 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
             attention_mask = torch.ones(Q, C, dtype=torch.bool, device=DEVICE).tril(C - Q)
         usual = query.new_zeros(Q, C).masked_fill(~attention_mask, -math.inf)  # added to the logits
-        slot = torch.where(psa.age >= 0, math.log(psa.gamma), -math.inf).to(query)[:, None, :, None]
-        attention_mask = torch.cat([slot.expand(B, 1, Q, 1), usual.expand(B, 1, Q, C)], -1)
+        bias = torch.where(psa.age >= 0, math.log(psa.gamma), -math.inf).to(query)[:, None, :, None]
+        attention_mask = torch.cat([bias.expand(B, 1, Q, 1), usual.expand(B, 1, Q, C)], -1)
         key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)  # K' = [k_z ; K]
         value = torch.cat([psa.values[:, i].to(value.dtype), value], 2)  # V' = [v_z ; V]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -403,7 +403,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     if not latents:
         return sample(model, tokenizer, branches, config)
     cvae, psa = latents
-    z = cvae.sample(features(model, prefixes, config)[0], config.branches).flatten(0, 1)  # [K B, Z]
+    e_c, _ = features(model, prefixes, config)
+    z = cvae.sample(e_c, config.branches).flatten(0, 1)  # [K B, Z]
     # z[i] belongs to branches[i], because both list all parents once, then all again. `sample`
     # calls `steer` with the indices of a call's rows, and the column of the last token of c
     return sample(model, tokenizer, branches, config,
@@ -461,8 +462,7 @@ def prompt_information(entropy, mask, h):
 def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
     """Return S_IB [B] of responses; gain: Î(r; a*) [B], groups: [B], entropy, mask: [B, T].
 
-    Each term is standardised over a prompt's responses, as rewards are: `group_advantages` returns
-    (x - mean) / std. So at beta = 1 both terms have the same weight. [O]
+    `group_advantages` standardises each term per prompt, so at beta = 1 both weigh the same. [O]
     """
     information = prompt_information(entropy, mask, h)
     return beta * group_advantages(gain, groups) - group_advantages(information, groups)  # S_IB
@@ -471,8 +471,8 @@ def select_top_n(candidates, keep):
     """Return the candidates that pass the filter, in their order.
 
     All initial rollouts pass. Branches are ranked among those of the same prompt and reward: right
-    ones by high S_IB, wrong ones by low S_IB, because a wrong response of high Î(r; a*) is a near
-    miss, and pushing it down would do harm. The share `keep` of each passes, rounded up. [O]
+    ones by high S_IB, wrong ones by low S_IB. Where Î(r; a*) decides, a wrong one of high S_IB is a
+    near miss, and pushing it down would do harm. The share `keep` passes, rounded up. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
@@ -536,8 +536,8 @@ def explore(model, tokenizer, latents, problems, config):
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
 # the tokens before and after it. A token that the latent made likelier has r_t < 1. Where A > 0 it
 # counts less. Where A < 0 and r_t < 1 - clip_low, the clip leaves it alone, so that rare choices
-# are not punished. Likewise tokens with A > 0 and r_t > 1 + clip_high are not raised. A's mean
-# includes branches, which the bare policy did not sample. In the released code π_old has no z. [O]
+# are not punished. Likewise tokens with A > 0 and r_t > 1 + clip_high are not raised. A's mean,
+# which branches enter, is not the bare policy's. In the released code π_old has no z. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -570,8 +570,8 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
     logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], a token's weight in the mean.
-    min(r_t A, clip(r_t) A) bounds r_t from above where A > 0, and from below where A < 0. There the
-    dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
+    min(r_t A, clip(r_t) A) bounds r_t from above where A > 0, and from below where A < 0, where the
+    dual clip bounds it by 3 from above. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -587,9 +587,9 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch and other statistics, all means over the responses' own tokens.
 
-    `sampling_gap` is the sum of |ln π - ln π_old| over the initial rollouts' tokens, and
-    `rollout_share` the number of these tokens, each per own token of the batch. Branches had a
-    latent, so they do not count. `update` returns the quotient, the mean over the rollouts' tokens.
+    `sampling_gap` sums |ln π - ln π_old| over the initial rollouts' tokens, and `rollout_share`
+    counts these tokens. Both are divided by the number of own tokens of the batch, and `update`
+    returns their quotient. Branches had a latent, so they do not count.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)
@@ -773,7 +773,7 @@ def alternatives(model, tokenizer, problems, config):
         for token in p.topk(4).indices.tolist():
             goes_on = token not in eos and t.start + 1 < config.max_new_tokens
             if goes_on and p[token] > 0.01:
-                # The token is given, not sampled. logps and entropy lack it; nothing reads them
+                # The token is given, not sampled, so logps and entropy lack it; neither is read
                 prefixes.append(replace(t, response=t.response + [token]))
     pairs = sample(model, tokenizer, prefixes[:math.ceil(config.cvae_pairs / WORLD)], config)
     tokens = own_tokens(parents) + own_tokens(pairs)
@@ -814,8 +814,8 @@ def check_policy(model, tokenizer, latents, problems, config):
 def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; return metrics.
 
-    z_gain, latents_kl and active_dims are those of the last micro-batch of the training. z_gain is
-    the mean of ln π(o_>=t* | c, z) - ln π(o_>=t* | c), z ~ q_φ, in nats.
+    z_gain, latents_kl and active_dims (those beyond their free nats) are of the last micro-batch.
+    z_gain is the mean of ln π(o_>=t* | c, z) - ln π(o_>=t* | c), z ~ q_φ, in nats.
     """
     # About two alternatives come from a problem, and each process needs a problem
     problems = shard(problems[:WORLD + config.cvae_pairs // 2])
@@ -839,7 +839,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     model.requires_grad_(True)
     if WORLD > 1:
         for weight in latents.parameters():
-            torch.distributed.broadcast(weight.data, 0)  # all processes use the first one's
+            torch.distributed.broadcast(weight.data, 0)  # each trained its own; all use the first's
     with torch.no_grad():
         bare, _, mask = token_logps(model, batch)
     return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "latents_kl": kl.sum().item(),
@@ -924,7 +924,7 @@ def dapo_rollouts(model, tokenizer, shuffled, config):
     """Return (all responses sampled, those to train on).
 
     Problems whose responses are all right or all wrong are dropped, because their advantages are 0.
-    Up to two more times others are sampled in their place. Responses that were cut off are dropped.
+    Others are sampled in their place, at most twice. Responses that were cut off are dropped, too.
     """
     wanted = len(shard(shuffled[:config.prompts_per_step]))
     waiting = shard(shuffled[:3 * config.prompts_per_step])
@@ -1102,8 +1102,8 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows of similar size are together
-    sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
+    # A call runs until its longest row ends, so rows with similar room are together
+    sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]  # t.response is left out
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
     for rows in calls:
@@ -1147,8 +1147,8 @@ def head_logps(model, states, targets):
 def recompute_layers(model, config):
     """In the block, store only each layer's input for the backward pass, which runs it again.
 
-    Without `config.recompute`, do nothing. The checkpointing of transformers needs training mode,
-    where dropout would change ln π.
+    Without `config.recompute`, do nothing. The checkpointing of transformers is not used, because
+    it needs training mode, where dropout would change ln π.
     """
     layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
     for layer in layers if config.recompute else []:
@@ -1512,7 +1512,7 @@ def warm_start(config):
         digits = rng.randint(low, high)  # one length a batch: nothing to pad
         questions = chain_questions(rng, [digits, digits], False, 64)
         pairs = [(question, demonstration(question, rng, config.habit)) for question in questions]
-        problems = encode(pairs, model, tokenizer, config)  # with a demonstration in place of gold
+        problems = encode(pairs, model, tokenizer, config)  # here `gold` is a demonstration
         end = [tokenizer.eos_token_id]
         ids = torch.tensor([t.prompt + tokenizer(t.gold).input_ids + end for t in problems])
         labels = ids.clone()
@@ -1586,20 +1586,20 @@ READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=>
 SPELLINGS = [  # patterns and what replaces them, in this order
     (r"\\(?:text|math|mbox|bold)\w*\s*\{([^{}]*)\}", r" \1 "),  # 5\text{ cm} -> 5 cm
     (r"(?<=\d) ?(?:,\\!|\\,|\{ ?, ?\}) ?(?=\d{3})", ""),  # 1{,}000 -> 1000
-    # Each word and sign that READ_AS knows: \dfrac -> \frac, × -> *
+    # Each word and sign, as READ_AS spells it: \dfrac -> \frac, × -> *
     (r"\\?[A-Za-z]+|\*\*|[<>]=|\\[%\\]|[^\w .]|[²π]", lambda sign: READ_AS.get(sign[0], sign[0])),
     (r"\\(begin|end)\{\w*matrix\}", lambda end: "((" if end[1] == "begin" else "))"),
     (r"(?:\\[,;:! ()\[\]]|(?<!\\)\$|~|\s)+", " "),  # $x\ y$ -> x y
     (r"^ ?(-?)\\\$(.*?)(?: dollars)?[ .]*$", r"\1\2 dollars"),  # \$5 -> 5 dollars
     (r"(?<![^,])([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),  # 1\pm2 -> 1+2,1-2
-    (r"(?<![^(\[,=]) *\+", ""),  # a plus at the start, or behind one of ( [ , = : (+5 -> (5
+    (r"(?<![^(\[,=]) *\+", ""),  # +5 -> 5, (+5 -> (5, and likewise after [ , =
     (r"\\[${}]|\^ ?\{?\\circ\}?", ""),  # \{90^\circ\} -> 90
     (r"[. ]+$|^ +|, *(?=,)", ""),  # 1,,2. -> 1,2
     (r"(?<![\w.)}!])(1?\d)!", lambda n: str(math.factorial(int(n[1])))),  # 3! -> 6
     # 1,000 or 1 000 -> 1000, only as a whole answer or after "="
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
-# Words that belong to a value, or change its sense, are no units: 5 million, not 5
+# Words that belong to a value, or change its sense, are no units: 5 million, 5 tenths, not 5
 NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
                r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)[eths]*\b")
 UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
@@ -1614,7 +1614,7 @@ TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by
                    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
                    r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, unlike no, on, ln
                    r"\\?[A-Za-z]+|\S")  # words and other signs
-# The blanks that mean "times", as in x y and 2 \pi, but not in \frac 1 2 or 6 (7)
+# The blanks that mean "times", as in x y, 2 \pi and 2 ( x ), but not in \frac 1 2 or 6 ( 7 )
 PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
            r"(?=[A-Za-z]|\((?! [\d.]+ \))|\\(?:pi|sqrt|frac))")
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
@@ -1656,7 +1656,7 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    # `least` is 4 only on the right of ^. Within these bounds 200 of the 300 digits are right
+    # `least` is 4 only in an exponent. Within these bounds 200 of the 300 digits are right
     largest = 200 if least == 4 else 1e80
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")
@@ -1779,7 +1779,7 @@ def pass_rates(trajectories):
     return {group: sum(found) / len(found) for group, found in rewards.items()}
 
 def rollout_metrics(trajectories):
-    """Return what is logged of a step's responses: shares, means over responses, and counts."""
+    """Return what is logged of a step's responses: shares, counts, and mean entropy per token."""
     trajectories = gather(trajectories)
     tokens = own_tokens(trajectories)
     count = len(trajectories)
@@ -1867,7 +1867,7 @@ def folder_of(config):
 def load_state(folder, config, parts):
     """Restore the `parts`, {name: module or optimizer}, from state.pt; return what else it holds.
 
-    End the program with a one-line message where it is damaged, or of other settings.
+    End the program with a one-line message if it is damaged or was made with other settings.
     """
     may_differ = ("resume", "out", "max_steps", "max_tokens", "save_every", "eval_every",
                   "micro_tokens", "generate_tokens", "recompute")
@@ -1946,11 +1946,11 @@ def in_words(summary):
     """Return what the table says, in a sentence of three numbers and what they were before."""
     before, after = summary["before"], summary["after"]
     k = summary["config"]["eval_samples"]
-    solved, kinds = f"pass@{k}", "distinct_correct"
+    passed, different = f"pass@{k}", "distinct_correct"
     return (f"{after['pass@1']:.0%} of the responses are right (before: {before['pass@1']:.0%}), "
-            f"{after[solved]:.0%} of the problems have a right one\namong {k} "
-            f"(before: {before[solved]:.0%}), and a problem has {after[kinds]:.2f} different right "
-            f"responses (before: {before[kinds]:.2f}).")
+            f"{after[passed]:.0%} of the problems have a right one\namong {k} (before: "
+            f"{before[passed]:.0%}), and a problem has {after[different]:.2f} different right "
+            f"responses (before: {before[different]:.2f}).")
 
 def main(argv=None):
     """Run the command line; return the run's summary."""
