@@ -119,7 +119,7 @@ class Config:
                               "continuations of each of the K best nodes", "1..")
     sampler: Literal["ib", "random", "fixed", "entropy", "independent"] = setting(
         "ib", "where to branch. ib: highest IB-Score; random: anywhere; fixed: the shallowest "
-        "nodes; entropy: where a child has the token of highest H_t; independent: nowhere")
+        "nodes; entropy: where a child's token has the highest H_t; independent: nowhere")
     rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
                             "tree has)", "0..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
@@ -167,7 +167,7 @@ class Config:
             fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
 
 
-@dataclass(eq=False)  # compared and hashed by identity, so that one can be a key
+@dataclass(eq=False)  # compared and hashed by identity, so that it can be in a set
 class Trajectory:
     """A problem and a response to it, which is empty as long as nothing was sampled."""
     prompt: list[int]
@@ -192,7 +192,7 @@ class Trajectory:
 #   B₀ rollouts, then L - 1 rounds: B continuations of each of the K nodes of highest IB-Score  [P]
 #   G = B₀ + (L - 1) K B trajectories; siblings of the same tokens are one node              [O]
 
-@dataclass(eq=False)  # compared and hashed by identity, so that one can be a key
+@dataclass(eq=False)  # compared and hashed by identity, so that it can be a key of a dict
 class Node:
     """A step s, whose ancestors are the steps before it. The root's tokens are the prompt q."""
     tokens: list[int]
@@ -209,7 +209,7 @@ class Node:
     @property
     def value(self):
         """Return p̂(a*|s), the mean reward of the trajectories through s. [P]"""
-        return self.total_reward / max(1, self.visits)
+        return self.total_reward / max(1, self.visits)  # p̂
 
     @property
     def confidence(self):
@@ -279,7 +279,7 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
 def prefix_at(node, problem):
     """Return a trajectory whose response is the steps down to a node, to be continued."""
     path = node.path()
-    # `problem.logps` is empty. At the root, `cat` would else have nothing, which is an error
+    # `cat` needs at least one tensor. At the root, that is the empty one of the problem
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
                    entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
@@ -367,7 +367,7 @@ def select_nodes(root, k, sampler, config, rng):
 
         ib       those of highest J_IB                                                         [P]
         random   any, as RandTree does                                                         [P]
-        entropy  those of which a child has the token of highest H_t                           [O]
+        entropy  those with the token of highest H_t among their children's                    [O]
         fixed    the shallowest ones                                                           [O]
 
     `entropy` is in place of EPTree, which branches inside a step, at the token of highest -ln π.
@@ -410,7 +410,7 @@ def step_advantage(node, root, config):
         return (gain + node.value - node.parent.value) / math.sqrt(node.visits)
     a_gl = gain / max(std, 1e-9)  # A_GL
     a_ib = information_gain(node, config.beta) * node.confidence  # A_IB
-    return {"gl": a_gl, "ib": a_ib, "gl+ib": a_gl + config.lam * a_ib}[config.advantage]
+    return {"gl": a_gl, "ib": a_ib, "gl+ib": a_gl + config.lam * a_ib}[config.advantage]  # A(s)
 
 def step_advantages(root, config):
     """Return {step: A(s)} of a tree."""
@@ -429,8 +429,8 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
     logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], a token's weight in the mean.
-    min(r_t A, clip(r_t) A) bounds r_t from above where A > 0, and from below where A < 0, where the
-    dual clip bounds it by 3 from above. [arXiv 1912.09729] A token out of bounds has gradient 0.
+    The min bounds r_t from above where A > 0, and from below where A < 0. In the latter case the
+    dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -483,12 +483,12 @@ def k3(logp, reference):
     Its mean over samples of π is KL(π || π_ref). But its gradient at fixed samples of π is, on
     average, that of KL(π_ref || π). GRPO accepts this, and so do we.
     """
-    return (reference - logp).exp() - 1 - (reference - logp)
+    return (reference - logp).exp() - 1 - (reference - logp)  # k3
 
 def trees_loss(model, packs, config, reference):
     """Return the loss, a mean over the tokens of all trajectories of the trees, and other means.
 
-    `sampling_gap` is |ln π - ln π_old|, mere rounding until the batch's first step.
+    `sampling_gap` is |ln π - ln π_old|, mere rounding until the batch's first optimizer step.
     """
     batch = stack_packs(packs)
     old, weights = batch["logps"], batch["weights"]
@@ -645,8 +645,8 @@ def set_schedule(run, config):
 def check_policy(model, tokenizer, reference, problems, config):
     """Compare the ln π recorded in sampling with that of a row alone and of a packed tree. [O]
 
-    Models with ALiBi or local attention, for example, do not heed given positions or masks. Then
-    the program ends with a one-line message. The reference begins as a copy: it needs no check.
+    If they differ, as in models that do not heed positions and masks (ALiBi, local attention), the
+    program ends with a one-line message. The reference begins as a copy, so it needs no check.
     """
     torch.manual_seed(config.seed)
     ordered = sorted(problems, key=len)  # two short and two long prompts, so that there is padding
@@ -799,13 +799,13 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
     they were drawn with. [O] Rows are generated in several calls. Where iiblpo.py has latents,
-    steer(rows, born) returns a context that steers a call, whose prefixes end in column `born`.
+    steer(rows, born) returns a context in which these rows are steered from column `born` on.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows with similar room are together
-    sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]  # t.response is left out
+    # Rows are grouped by tokens still to sample, because a call runs until its longest row ends
+    sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
     for rows in calls:
@@ -859,7 +859,7 @@ def recompute_layers(model, config):
         yield
     finally:
         for layer in layers:
-            vars(layer).pop("forward", None)  # what is left is the method of its class
+            vars(layer).pop("forward", None)  # forward is again the method of its class
 
 def full_precision(head, states):
     """Return the logits of an output layer in fp32, also where the rest of the model is in bf16.
@@ -1301,7 +1301,7 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     # 1,000 or 1 000 -> 1000, only as a whole answer or after "="
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
-# Words that belong to a value, or change its sense, are no units: 5 million, 5 tenths, not 5
+# These words change the value, so they are no units: "5 million" and "5 tenths" are not 5
 NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
                r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)[eths]*\b")
 UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
@@ -1322,8 +1322,8 @@ PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # A letter stands for a complex number, for which mpf() raises TypeError. So x^2 is calculated,
-    # but `value_of` compares x^(1/2), whose sign is open, as text
+    # For a letter, which is a complex number, mpf() raises TypeError. So x^2 is calculated, but
+    # `value_of` compares x^(1/2), which has two values, as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1358,7 +1358,7 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    # `least` is 4 only in an exponent. Within these bounds 200 of the 300 digits are right
+    # Exponents (`least` is 4) stay below 200, others below 1e80, so that 200 digits are right
     largest = 200 if least == 4 else 1e80
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")

@@ -10,7 +10,7 @@
 
 Every field of `Config` is a flag. A `training_step` does this:
 1. Sample M rollouts per prompt, and record each token's entropy H_t: `sample`, `token_entropy`.
-2. Branch each rollout K times at a token where the policy was uncertain. Each branch has its own
+2. Branch each rollout up to K times at a token where the policy was uncertain. Each has its own
    latent, which enters by pseudo self-attention: `branch`, `LatentCVAE`, `PseudoSelfAttention`.
 3. Score each response by what it tells about the answer, minus what it carries over from the
    prompt, and filter the branches by this score: `trajectory_ib_score`, `select_top_n`.
@@ -175,7 +175,7 @@ class Config:
             fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
 
 
-@dataclass(eq=False)  # compared and hashed by identity, so that one can be a key
+@dataclass(eq=False)  # compared and hashed by identity, so that it can be in a set
 class Trajectory:
     """A problem and a response to it, which is empty as long as nothing was sampled."""
     prompt: list[int]
@@ -217,7 +217,7 @@ class Trajectory:
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
-# Why γ falls over the run: the latents are trained once, on the first policy, and keep steering
+# Why γ falls over the run: the latents are trained once, on the starting policy, and keep steering
 # towards what it said. At constant γ some runs of the tiny task unlearnt correct arithmetic.
 
 def branch_positions(entropy, mask, top_frac, generator=None):
@@ -241,8 +241,8 @@ def prefixes_to_branch(parents, config):
     """Draw t* of each response; return its prefix c = (q, o_<t*), which a branch continues."""
     entropy, mask = padded_entropy(parents)
     positions = branch_positions(entropy, mask, config.top_frac).tolist()
-    return [replace(t, response=t.response[:n], logps=t.logps[:n], entropy=t.entropy[:n], start=n,
-                    is_branch=True) for t, n in zip(parents, positions)]
+    return [replace(t, response=t.response[:i], logps=t.logps[:i], entropy=t.entropy[:i], start=i,
+                    is_branch=True) for t, i in zip(parents, positions)]  # i is t*
 
 class LatentCVAE(torch.nn.Module):
     """The prior p_ψ(z | c) and the posterior q_φ(z | c, o_>=t*) of a conditional VAE. [P]
@@ -282,8 +282,8 @@ class LatentCVAE(torch.nn.Module):
 class PseudoSelfAttention(torch.nn.Module):
     """PSA: z enters the last layers as one more key and value, and through their input norms. [P]
 
-    In the released code it enters the last four layers, and its maps begin with std 0.01. [C]
-    Each layer has its own linear maps. The latent's slot, k_z and v_z, has no rotary embedding.
+    As in the released code, it enters the last four layers, and its maps begin with std 0.01. [C]
+    Each layer has maps of its own. The latent's slot, k_z and v_z, gets no rotary embedding.
     Column `born` of the padded input holds the last token of c, so its state predicts o_t*. The age
     of a column is column - born. Columns before `born` see neither slot nor shifted norms. [O]
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
@@ -350,7 +350,7 @@ class PseudoSelfAttention(torch.nn.Module):
         x_hat = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
         decay = (self.age >= 0) * 0.5 ** (self.age.clamp(min=0) / self.halflife)
         w_z = decay[..., None] * self.shifts[:, i]  # [B, Q, H]
-        return output + w_z * x_hat  # output is w x̂
+        return output + w_z * x_hat  # w' x̂ = w x̂ + w_z x̂
 
 def psa_attention(module, query, key, value, attention_mask, **kwargs):
     """Return the usual attention, with the latent's slot, if there is one, before keys and values.
@@ -385,11 +385,11 @@ def latent_loss(model, latents, batch, prefix, continuation):
         logp, _, mask = token_logps(model, batch)
     logp = (logp * mask).sum(1)
     kl = torch.distributions.kl_divergence(posterior, prior)  # [B, Z]
-    return (kl.clamp(min=cvae.free_nats).sum(1) / 2 - logp).mean(), logp, kl.mean(0)
+    return (kl.clamp(min=cvae.free_nats).sum(1) / 2 - logp).mean(), logp, kl.mean(0)  # -ELBO
 
 @torch.no_grad()
 def branch(model, tokenizer, latents, parents, config, budget=math.inf):
-    """Sample K branches from t* of every parent, each with a latent of its own. [P]
+    """Sample up to K branches from t* of every parent, each with a latent of its own. [P]
 
     latents: (cvae, psa), or [] for branches without latents. First each parent gets one branch,
     then each a second one, and so on. A branch is expected to cost as many tokens as its parent has
@@ -462,7 +462,7 @@ def prompt_information(entropy, mask, h):
 def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
     """Return S_IB [B] of responses; gain: Î(r; a*) [B], groups: [B], entropy, mask: [B, T].
 
-    `group_advantages` standardises each term per prompt, so at beta = 1 both weigh the same. [O]
+    Each term is standardised per prompt, as rewards are, so at beta = 1 both weigh the same. [O]
     """
     information = prompt_information(entropy, mask, h)
     return beta * group_advantages(gain, groups) - group_advantages(information, groups)  # S_IB
@@ -506,7 +506,7 @@ def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
     Initial rollouts and branches together may cost as many tokens as `config.rollouts` responses
-    per prompt would, at the initial ones' mean length. Rounds share the branches' part evenly. [O]
+    per prompt would, at the initial ones' mean length. Rounds get equal parts of the rest. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
     A round branches from what the last one kept, and then filters all branches anew. [O]
     """
@@ -535,9 +535,9 @@ def explore(model, tokenizer, latents, problems, config):
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
 # the tokens before and after it. A token that the latent made likelier has r_t < 1. Where A > 0 it
-# counts less. Where A < 0 and r_t < 1 - clip_low, the clip leaves it alone, so that rare choices
-# are not punished. Likewise tokens with A > 0 and r_t > 1 + clip_high are not raised. A's mean,
-# which branches enter, is not the bare policy's. In the released code π_old has no z. [O]
+# counts less. Where A < 0 and r_t < 1 - clip_low, the clip leaves it alone, so that choices rare
+# without z are not punished. Likewise tokens with A > 0 and r_t > 1 + clip_high are not raised. The
+# mean in A includes branches: it is not the bare policy's. In the released code π_old has no z. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -547,7 +547,7 @@ def group_advantages(rewards, groups, eps=1e-4):
     advantages = torch.zeros_like(rewards)
     for g in groups.unique():
         own = rewards[groups == g]
-        advantages[groups == g] = (own - own.mean()) / (own.std(correction=0) + eps)
+        advantages[groups == g] = (own - own.mean()) / (own.std(correction=0) + eps)  # A
     return advantages
 
 def set_advantages(candidates, kept):
@@ -570,8 +570,8 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
     logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], a token's weight in the mean.
-    min(r_t A, clip(r_t) A) bounds r_t from above where A > 0, and from below where A < 0, where the
-    dual clip bounds it by 3 from above. [arXiv 1912.09729] A token out of bounds has gradient 0.
+    The min bounds r_t from above where A > 0, and from below where A < 0. In the latter case the
+    dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -587,12 +587,11 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch and other statistics, all means over the responses' own tokens.
 
-    `sampling_gap` sums |ln π - ln π_old| over the initial rollouts' tokens, and `rollout_share`
-    counts these tokens. Both are divided by the number of own tokens of the batch, and `update`
-    returns their quotient. Branches had a latent, so they do not count.
+    `sampling_gap` is |ln π - ln π_old|, and 0 in branches, which were sampled with a latent. Until
+    the batch's first optimizer step it is mere rounding, or else there is a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
-    old = pad([t.logps for t in batch]).to(DEVICE)
+    old = pad([t.logps for t in batch]).to(DEVICE)  # ln π_old, in branches given z
     advantages = torch.tensor([t.advantage for t in batch], device=DEVICE)  # [B]
     loss, means = policy_loss(logp, old, advantages, mask, config)
     if config.method == "iiblpo":
@@ -601,7 +600,6 @@ def responses_loss(model, batch, config):
         loss = loss - config.entropy_bonus * (entropy * mask).sum() / mask.sum()
     of_rollout = mask & torch.tensor([[not t.is_branch] for t in batch], device=DEVICE)
     means["sampling_gap"] = ((logp - old).abs() * of_rollout).sum() / mask.sum()
-    means["rollout_share"] = of_rollout.sum() / mask.sum()
     return loss, means
 
 def update(model, optimizer, batch, config):
@@ -611,7 +609,7 @@ def update(model, optimizer, batch, config):
     Responses of advantage 0 have no gradient, except in `entropy_reg`. So they are not run, but
     their tokens count in the loss's mean. The other means are over the tokens that are run.
     """
-    sums = Counter(loss=0, tokens_trained=0, sampling_gap=0, rollout_share=0)
+    sums = Counter(loss=0, tokens_trained=0, sampling_gap=0)  # logged even if nothing is trained
     norm = 0.0
     for i in range(config.updates_per_step):
         minibatch = batch[i::config.updates_per_step]
@@ -629,9 +627,7 @@ def update(model, optimizer, batch, config):
             add_means(sums, means, own_tokens(micro))
         if sum(gather([len(minibatch)])) > 0:  # else AdamW would step by its momentum alone
             norm = take_step(model, optimizer, config)
-    metrics = total_means(sums) | {"grad_norm": norm}
-    metrics["sampling_gap"] /= metrics.pop("rollout_share") or 1  # 0 if no rollout was trained
-    return metrics
+    return total_means(sums) | {"grad_norm": norm}
 
 # ==== The training step
 
@@ -655,7 +651,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
         set_advantages(candidates, kept)
     elif config.method == "dapo":
         candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
-        set_advantages(candidates, candidates)  # n/k is 1: nothing stands in for what dapo drops
+        set_advantages(candidates, candidates)  # not (candidates, kept): n/k is 1
     else:
         candidates = kept = roll_out(model, tokenizer, batch, config)
         set_advantages(candidates, kept)
@@ -817,7 +813,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     z_gain, latents_kl and active_dims (those beyond their free nats) are of the last micro-batch.
     z_gain is the mean of ln π(o_>=t* | c, z) - ln π(o_>=t* | c), z ~ q_φ, in nats.
     """
-    # About two alternatives come from a problem, and each process needs a problem
+    # Enough for cvae_pairs, as a problem gives about two, and one for each process
     problems = shard(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
     pairs, tokens = gather(pairs), sum(gather([tokens]))
@@ -1097,13 +1093,13 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
     they were drawn with. [O] Rows are generated in several calls. Where iiblpo.py has latents,
-    steer(rows, born) returns a context that steers a call, whose prefixes end in column `born`.
+    steer(rows, born) returns a context in which these rows are steered from column `born` on.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # A call runs until its longest row ends, so rows with similar room are together
-    sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]  # t.response is left out
+    # Rows are grouped by tokens still to sample, because a call runs until its longest row ends
+    sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
     for rows in calls:
@@ -1157,7 +1153,7 @@ def recompute_layers(model, config):
         yield
     finally:
         for layer in layers:
-            vars(layer).pop("forward", None)  # what is left is the method of its class
+            vars(layer).pop("forward", None)  # forward is again the method of its class
 
 def full_precision(head, states):
     """Return the logits of an output layer in fp32, also where the rest of the model is in bf16.
@@ -1599,7 +1595,7 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     # 1,000 or 1 000 -> 1000, only as a whole answer or after "="
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
-# Words that belong to a value, or change its sense, are no units: 5 million, 5 tenths, not 5
+# These words change the value, so they are no units: "5 million" and "5 tenths" are not 5
 NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
                r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)[eths]*\b")
 UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
@@ -1620,8 +1616,8 @@ PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # A letter stands for a complex number, for which mpf() raises TypeError. So x^2 is calculated,
-    # but `value_of` compares x^(1/2), whose sign is open, as text
+    # For a letter, which is a complex number, mpf() raises TypeError. So x^2 is calculated, but
+    # `value_of` compares x^(1/2), which has two values, as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1656,7 +1652,7 @@ def expression(tokens, least=1):
     while OPERATORS.get(tokens[0], [0])[0] >= least:
         _, right, operate = OPERATORS[tokens.pop(0)]
         value = operate(value, expression(tokens, right))
-    # `least` is 4 only in an exponent. Within these bounds 200 of the 300 digits are right
+    # Exponents (`least` is 4) stay below 200, others below 1e80, so that 200 digits are right
     largest = 200 if least == 4 else 1e80
     if value and not 1 / largest <= abs(value) <= largest:
         raise ValueError("too large or too near to zero")

@@ -1270,11 +1270,10 @@ def test_the_gap_of_each_step_is_that_of_tokens_without_a_latent(folder):
     assert all(0 < line["sampling_gap"] < 1e-5 for line in metrics("run"))
     model, c, latents = steered("--updates_per_step", 1)
     parents = m.sample(model, TINY, prompts() * 2, c)
-    batch = parents + m.branch(model, TINY, latents, parents, c)
-    for t in batch:
-        t.advantage = 1.0
-        t.logps = t.logps + (5.0 if t.is_branch else 0.25)
-    assert m.update(model, grabber(model), batch, c)["sampling_gap"] == approx(0.25, abs=1e-5)
+    batch = [m.replace(t, advantage=1.0, logps=t.logps + (5.0 if t.is_branch else 0.25))
+             for t in parents + m.branch(model, TINY, latents, parents, c)]
+    gap = 0.25 * m.own_tokens(parents) / m.own_tokens(batch)  # branches count as 0
+    assert m.update(model, grabber(model), batch, c)["sampling_gap"] == approx(gap, abs=1e-5)
 
 # ---- memory
 
@@ -2402,9 +2401,9 @@ def test_the_snippets_of_the_readme_run(folder, monkeypatch):
 # ---- benchmarks: pytest -m benchmark -s
 
 METHODS = {"grpo": "iiblpo.py --method grpo", "iiblpo": "iiblpo.py", "ib_tpo": "ib_tpo.py",
-           "entropy_reg": "iiblpo.py --method entropy_reg", "dapo": "iiblpo.py --method dapo"}
-SETTINGS = {"long": "--max_tokens 1600000", "habit0": "--habit 0",
-            "habit0.5": "--habit 0.5", "habit0.9": "--habit 0.9"}
+           "entropy_reg": "iiblpo.py --method entropy_reg"}
+SETTINGS = {"long": "--max_tokens 1600000", "habit0": "--habit 0", "habit0.5": "--habit 0.5",
+            "habit0.9": "--habit 0.9", "w2001": "--warm_steps 2001", "w2002": "--warm_steps 2002"}
 ABLATIONS = {
     "iiblpo_all_kept": "iiblpo.py --keep 1", "iiblpo_random_share": "test_iiblpo.py random_share",
     "iiblpo_top_n": "test_iiblpo.py top_n", "iiblpo_no_latents": "iiblpo.py --branch_mode random",
@@ -2415,10 +2414,11 @@ ABLATIONS = {
     "ib_tpo_lambda0": "ib_tpo.py --lam 0", "ib_tpo_paper": "ib_tpo.py --beta 5 --lam 0.1",
     "ib_tpo_independent": "ib_tpo.py --sampler independent",
     "ib_tpo_random": "ib_tpo.py --sampler random", "ib_tpo_entropy": "ib_tpo.py --sampler entropy",
-    "treerl": "ib_tpo.py --sampler entropy --advantage treerl"}
+    "treerl": "ib_tpo.py --sampler entropy --advantage treerl",
+    "dapo": "iiblpo.py --method dapo --updates_per_step 2"}
 EVIDENCE = [("default", name, METHODS[name], range(8)) for name in METHODS]  # and the seeds
 EVIDENCE += [(setting, name, f"{METHODS[name]} {SETTINGS[setting]}", range(6))
-             for setting in SETTINGS for name in METHODS if name != "dapo"]
+             for setting in SETTINGS for name in METHODS]
 EVIDENCE += [("default", name, ABLATIONS[name], range(3)) for name in ABLATIONS]
 
 def background(script, *flags):
@@ -2506,7 +2506,7 @@ def evidence(run):
 def test_evidence(monkeypatch):
     """Both methods keep GRPO's pass@1 and gain in sound responses; runs are not done twice."""
     monkeypatch.chdir(HERE)
-    for flags in ("", "--habit 0", "--habit 0.5", "--habit 0.9"):
+    for flags in ["", *SETTINGS.values()]:
         m.warm_start(config(*flags.split()))
     with ThreadPoolExecutor(2) as pool:
         runs = [(*variant, seed) for *variant, seeds in EVIDENCE for seed in seeds]
