@@ -472,7 +472,7 @@ def select_top_n(candidates, keep):
 
     All initial rollouts pass. Branches are ranked among those of the same prompt and reward: right
     ones by high S_IB, wrong ones by low S_IB. Where Î(r; a*) decides, a wrong one of high S_IB is a
-    near miss, and pushing it down would do harm. The share `keep` passes, rounded up. [O]
+    near miss, and pushing it down would do harm. Of both, the share `keep` passes, rounded up. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
@@ -651,7 +651,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
         set_advantages(candidates, kept)
     elif config.method == "dapo":
         candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
-        set_advantages(candidates, candidates)  # not (candidates, kept): n/k is 1
+        set_advantages(candidates, candidates)  # n/k stays 1: nothing is reweighted
     else:
         candidates = kept = roll_out(model, tokenizer, batch, config)
         set_advantages(candidates, kept)
@@ -1098,7 +1098,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
     rooms = [config.max_new_tokens - len(t.response) for t in prefixes]
-    # Rows are grouped by tokens still to sample, because a call runs until its longest row ends
+    # Rows of similar size are in one call, because a call runs until its longest row ends
     sizes = [len(t.prompt) + room for t, room in zip(prefixes, rooms)]
     calls = micro_batches(sizes, config.generate_tokens)
     bar = progress(desc="sampling", total=sum(max(rooms[row] for row in rows) for rows in calls))
