@@ -215,7 +215,7 @@ class Node:
     def confidence(self):
         """Return η₂ of the IB-Score: the geometric mean of the step's token probabilities. [O]
 
-        The paper has their product, which is near 0 for long steps, and in A_IB it takes π_ref.
+        The paper has their product, which is near 0 for long steps, and in A_IB that of π_ref.
         """
         return self.logps.mean().exp().item()
 

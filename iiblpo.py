@@ -363,7 +363,7 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
         B, Q, C = len(query), query.shape[2], key.shape[2]
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
             attention_mask = torch.ones(Q, C, dtype=torch.bool, device=DEVICE).tril(C - Q)
-        usual = query.new_zeros(Q, C).masked_fill(~attention_mask, -math.inf)  # added to the logits
+        usual = torch.where(attention_mask, 0.0, -math.inf).to(query)  # added to the logits
         bias = torch.where(psa.age >= 0, math.log(psa.gamma), -math.inf).to(query)[:, None, :, None]
         attention_mask = torch.cat([bias.expand(B, 1, Q, 1), usual.expand(B, 1, Q, C)], -1)
         key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)  # K' = [k_z ; K]
@@ -406,7 +406,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     e_c, _ = features(model, prefixes, config)
     z = cvae.sample(e_c, config.branches).flatten(0, 1)  # [K B, Z]
     # z[i] belongs to branches[i], because both list all parents once, then all again. `sample`
-    # calls `steer` with the indices of a call's rows, and the column of the last token of c
+    # calls `steer` with the indices of some branches, and the column of the last token of c
     return sample(model, tokenizer, branches, config,
                   steer=lambda rows, born: psa.steer(z[rows], born))
 
@@ -587,7 +587,7 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch and other statistics, all means over the responses' own tokens.
 
-    `sampling_gap` is |ln π - ln π_old|, and 0 in branches, which were sampled with a latent. Until
+    `sampling_gap` is |ln π - ln π_old|, set to 0 in branches, because they had a latent. Until
     the batch's first optimizer step it is mere rounding, or else there is a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
@@ -665,7 +665,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
         print_response(candidates[0])
     metrics |= {"rollout_s": explored - began, "update_s": time.time() - explored}
     metrics = rollout_metrics(candidates) | metrics
-    metrics["tokens_sampled"] += metrics.get("latent_tokens", 0)  # they count in the budget
+    metrics["tokens_sampled"] += metrics.get("latent_tokens", 0)  # max_tokens counts them
     return metrics
 
 # ==== The run
