@@ -167,7 +167,7 @@ class Config:
             fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
 
 
-@dataclass(eq=False)  # compared and hashed by identity, so that it can be in a set
+@dataclass(eq=False)  # compared and hashed by identity, not by content
 class Trajectory:
     """A problem and a response to it, which is empty as long as nothing was sampled."""
     prompt: list[int]
@@ -638,7 +638,7 @@ def prepare(model, config):
     return copy.deepcopy(model).requires_grad_(False)
 
 def set_schedule(run, config):
-    """Set what changes over a run: the learning rate rises for 20 steps, then falls to 0. [O]"""
+    """Let the learning rate rise for 20 steps and then fall to 0. [O]"""
     step = len(run.state["log"])
     run.optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / 20, 1 - run.done)
 

@@ -175,7 +175,7 @@ class Config:
             fail(f"prompts_per_step must not be below the number of processes, {WORLD}")
 
 
-@dataclass(eq=False)  # compared and hashed by identity, so that it can be in a set
+@dataclass(eq=False)  # compared and hashed by identity, not by content
 class Trajectory:
     """A problem and a response to it, which is empty as long as nothing was sampled."""
     prompt: list[int]
