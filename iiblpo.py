@@ -116,7 +116,7 @@ class Config:
     operands: list[int] = setting([4, 7], "chain: fewest and most digits of a problem", "2..")
     habit: float = setting(0.75, "chain: chance that a demonstrated line reduces the leftmost "
                            "operator by habit", "0..1")
-    warm_steps: int = setting(2000, "tiny: supervised steps before reinforcement learning", "1..")
+    warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
     rollouts: int = setting(8, "responses per prompt of a baseline; iiblpo's rollouts and branches "
@@ -149,7 +149,7 @@ class Config:
     clip_low: float = setting(0.2, "lower clip: the ratio is clipped at 1 - clip_low", "0..1")
     clip_high: float = setting(0.2, "upper clip: at 1 + clip_high (dapo: at least 0.28)", "0..2")
     entropy_bonus: float = setting(0.003, "entropy_reg: weight of the mean entropy", "0..")
-    max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped", "0..")
+    max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped", "0.001..")
     micro_tokens: int = setting(4096, "largest training pass, in tokens: rows x longest row", "1..")
     recompute: bool = setting(True, "run layers again in the backward pass, to save memory")
     # Evaluation
@@ -1882,7 +1882,7 @@ def run_folder(config):
     """Return the folder of the run: a new one, or with --resume the one that is there."""
     folder = folder_of(config)
     if config.resume and not (folder / "state.pt").exists():
-        fail(f"there is no run in {folder} to resume")
+        fail(f"there is no run in {folder} to resume: start one without --resume, in a new --out")
     if folder.exists() and not config.resume:
         fail(f"{folder} exists: choose another --out, or go on with --resume")
     save_atomically(folder.parent / ".writable", Path.touch)  # better now than after an hour
