@@ -29,8 +29,8 @@ without truncation, so that ln π is the policy's own. Defaults: 1,024 tokens, a
 Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
 we could not read its text; [O] our own choice. Other marks name their source.
 Shapes: B rows, T tokens of a response or of a step, S tokens of a packed tree, V vocabulary,
-H width. In the section on trees, B₀, L, K, B are the numbers of `Config.tree`. a* is the right
-answer. Entropies and log-probabilities are in nats.
+H width. In the section on trees, B₀, L, K, B are the numbers of `Config.tree`. Entropies and
+log-probabilities are in nats.
 """
 import contextlib
 import copy
@@ -123,8 +123,8 @@ class Config:
     rollouts: int = setting(0, "responses per prompt of the independent sampler (0: as many as a "
                             "tree has)", "0..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
-    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + tokens still "
-                                   "to sample)", "1..")
+    generate_tokens: int = setting(131072, "largest generate call, in tokens: rows x (prompt + "
+                                   "tokens still to sample)", "1..")
     delimiter: str = setting("\n\n", "what a reasoning step ends with")
     beta: float = setting(5.0, "beta: weight of what a step says about the answer", "0.001..")
     # Update
@@ -215,7 +215,7 @@ class Node:
     def confidence(self):
         """Return η₂ of the IB-Score: the geometric mean of the step's token probabilities. [O]
 
-        The paper has their product, which is near 0 for long steps, and in A_IB that of π_ref.
+        The paper has their product, near 0 for long steps, and in A_IB takes π_ref's probabilities.
         """
         return self.logps.mean().exp().item()
 
@@ -246,7 +246,7 @@ def split_steps(token_ids, tokenizer, delimiter):
     steps, text = [[]], ""
     for token in token_ids:
         steps[-1].append(token)
-        text = (text + texts[token]).lstrip()  # a step that is still blank does not end
+        text = (text + texts[token]).lstrip()  # blank lines that begin a step do not end it
         if delimiter in text:
             steps.append([])
             text = ""
@@ -301,11 +301,9 @@ def grow(model, tokenizer, problems, config, rng):
     Each round is one `sample` call for all trees. No KV cache is kept from round to round. [O]
     """
     B0, L, K, B = config.tree
-    if config.sampler == "independent":
-        G = B0 + (L - 1) * K * B
-        B0, L = config.rollouts or G, 1
-    # branched=1, because the B₀ rollouts branch from the root
-    roots = {t.group: Node(t.prompt, branched=1) for t in problems}
+    if config.sampler == "independent":  # by default as many rollouts as a tree has
+        B0, L = config.rollouts or B0 + (L - 1) * K * B, 1
+    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # the root is branched from
     trajectories = extend_trees(model, tokenizer, roots, problems * B0, config)
     for _ in range(L - 1):
         prefixes = []
@@ -324,12 +322,12 @@ def grow(model, tokenizer, problems, config, rng):
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
 # The Gini entropy of (1) would be H(s|a*,v) = 1 - Σ_s π(s|a*,v)², from which (2) does not follow.
-# (2) does follow, up to a constant and with β in place of 1+β, if H(s|a*,v) is a cross-entropy: [O]
+# If H(s|a*,v) is a cross-entropy, (2) does follow, but for 1 + ... and β in place of 1+β: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
-#   J_IB(v)   = 1 + β Σ_s π(s) η₁ η₂ ≈ 1 + β/n Σ_b η₁ η₂, which ranks nodes as (2) does
-# In the code π(s) is a geometric mean, which keeps the form of (2), but not this derivation.
+#   J_IB(v)   = 1 - Σ_s π² (1 + β - β p(a*|s) / p(a*|v)) = 1 + β Σ_s π η₁ η₂ ≈ 1 + β/n Σ_b η₁ η₂
+# It ranks nodes as (2) does. The code's π(s) is a geometric mean, so there this does not hold.
 # How to read the score: as long as no node below v was branched from, p̂(a*|v) is the mean of
 # p̂(a*|s_b). Then the mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So it is
 # high where the confident children are better than the others. It is also high where confidence is
@@ -337,30 +335,28 @@ def grow(model, tokenizer, problems, config, rng):
 
 def information_gain(node, beta):
     """Return η₁(s). If no trajectory through the parent was right, the ratio counts as 1. [O]"""
-    ratio = 1.0
-    if node.parent.value > 0:
-        ratio = node.value / node.parent.value
+    ratio = node.value / node.parent.value if node.parent.value > 0 else 1.0
     return ratio - (1 + 1 / beta)  # η₁
 
-def ib_score(node, beta):
-    """Return J_IB of a node with children.
+def drawn_children(node, beta):
+    """Return η₁(s_b) and η₂(s_b), two lists [n] with `drawn` entries per child."""
+    gain, confidence = [], []
+    for s in node.children:
+        gain += s.drawn * [information_gain(s, beta)]
+        confidence += s.drawn * [s.confidence]
+    return gain, confidence
 
-    Its children are weighted by how often they were sampled there. Visits by trajectories that had
-    the child in their prefix count only in p̂.
-    """
-    drawn = sum(s.drawn for s in node.children)  # n
-    total = sum(s.drawn * information_gain(s, beta) * s.confidence for s in node.children)
-    return (1 + beta) / drawn * total  # J_IB
+def ib_score(node, beta):
+    """Return J_IB of a node with children."""
+    gain, confidence = drawn_children(node, beta)
+    return (1 + beta) / len(gain) * sum(map(operator.mul, gain, confidence))  # J_IB
 
 def ib_covariance(node, beta):
-    """Return Cov(η₁, η₂) = mean of (η₁ - mean η₁) η₂ over a node's children, weighted as above.
-
-    In the paper's GRPO runs it falls to zero in the course of training. [P]
-    """
-    n = sum(s.drawn for s in node.children)
-    gain = {s: information_gain(s, beta) for s in node.children}  # η₁
-    mean_gain = sum(s.drawn * gain[s] for s in node.children) / n
-    return sum(s.drawn * (gain[s] - mean_gain) * s.confidence for s in node.children) / n
+    """Return Cov(η₁, η₂) over s_b, which in the paper's GRPO runs falls to zero. [P]"""
+    gain, confidence = drawn_children(node, beta)
+    n = len(gain)
+    product = sum(map(operator.mul, gain, confidence)) / n
+    return product - sum(gain) / n * sum(confidence) / n
 
 def select_nodes(root, k, sampler, config, rng):
     """Return the k nodes to branch from; a node must have children.
@@ -392,10 +388,11 @@ def select_nodes(root, k, sampler, config, rng):
 #   A(s) = A_GL(s) + λ A_IB(s): s against the whole tree, and against its parent   [P]
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
-# are right, A(s) is this price alone. [O]
+# are right, A(s) is this price alone. If π(s) were the probability of s, the price would have the
+# gradient of a bonus of λ/(2β) on the Gini entropy 1 - Σ_s π(s)². [O]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So where
 # r_t = 1, A_GL on the tree is GRPO on its trajectories. But these are not independent draws of the
-# policy. Prefixes were chosen by their outcome, which biases p̂ of the steps above them. [O]
+# policy: which node was continued depends on how its trajectories ended. This biases p̂. [O]
 
 def step_advantage(node, root, config):
     """Return A(s) of the kind that config.advantage names.
@@ -417,7 +414,7 @@ def step_advantages(root, config):
     return {step: step_advantage(step, root, config) for step in root.walk()[1:]}
 
 # ==== Update on packed trees
-#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL                                        [P]
+#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, here config.kl in place of 0.001      [P]
 #          the KL is estimated by k3 = ρ - 1 - ln ρ, ρ = π_ref / π_θ                         [GRPO]
 #          mean_t is over all tokens of the G trajectories, so that a shared token counts once
 #          for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0                   [O]
@@ -428,7 +425,7 @@ def step_advantages(root, config):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], a token's weight in the mean.
+    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], the weights of the mean.
     The min bounds r_t from above where A > 0, and from below where A < 0. In the latter case the
     dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
@@ -675,7 +672,7 @@ def stack_packs(packs):
     """
     batch = {name: pad([pack[name] for pack in packs]).to(DEVICE) for name in packs[0]}
     mask = torch.eye(batch["input_ids"].shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)
-    for sees, pack in zip(mask, packs):
+    for sees, pack in zip(mask, packs):  # `sees` is a part of `mask`
         for i, before in enumerate(pack["previous"].tolist()):
             sees[i] |= sees[before]
     return batch | {"attention_mask": mask.to(DEVICE)}
@@ -708,8 +705,8 @@ def show(config):
     roots, _ = grow(model, tokenizer, [problem], config, random.Random(config.seed))
     root = roots[0]
     A = step_advantages(root, config)
-    print(f"{problem.question}  answer {problem.gold}")
-    print("visits, p̂, then η₂ and A of a step, and J of a node with children")
+    print(f"{problem.question}  answer {problem.gold}\n"
+          "visits, p̂, then η₂ and A of a step, and J of a node with children")
     for node in root.walk():
         line = f"{node.visits:3} {node.value:.2f}"
         if node.parent:
@@ -740,7 +737,6 @@ HUB = {  # "repository:configuration" of each name; its columns [and a project t
         "Hothan/OlympiadBench:OE_TO_maths_en_COMP"}
 autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=BF16)
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
-
 # Progress bars appear after five seconds. In a log file they move every 20 seconds.
 progress = functools.partial(tqdm, delay=5, mininterval=0.1 if sys.stderr.isatty() else 20,
                              leave=False, disable=RANK > 0)
@@ -852,8 +848,9 @@ def recompute_layers(model, config):
     Without `config.recompute`, do nothing. The checkpointing of transformers is not used, because
     it needs training mode, where dropout would change ln π.
     """
-    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
-    for layer in layers if config.recompute else []:
+    wanted = GradientCheckpointingLayer if config.recompute else ()
+    layers = [x for x in model.modules() if isinstance(x, wanted)]  # () matches nothing
+    for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
@@ -898,7 +895,7 @@ def micro_batches(lengths, tokens):
     A row that is longer is a group of its own. micro_batches([5, 9, 4], 10) -> [[1], [0, 2]]
     """
     batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # a group's longest is first
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
             batches[-1].append(i)
         else:
@@ -975,7 +972,7 @@ def load_policy(config):
         if not out.logits.allclose(head(out.hidden_states[-1]), atol=1e-3):
             fail(f"{name} scales or caps its logits, or has none that are finite: not supported")
     head.forward = types.MethodType(full_precision, head)
-    return model.eval(), tokenizer  # dropout would make other log-probabilities in training
+    return model.eval(), tokenizer  # with dropout, training would compute another ln π
 
 def with_cause(error):
     """Return an exception's message, and the first cause in its chain if it has one."""
@@ -1275,10 +1272,11 @@ def extract_answer(text):
 
 # To compare answers, `read` takes these stages, shown on x = 2\dfrac12\text{ cm}:
 #   SPELLINGS, READ_AS    one spelling for all           x = (2+\frac12) cm
-#   split_list, ITEM      the parts of a list            name x, value (2+\frac12), unit cm
+#   NAMED, MEASURED       the parts of each list item    name x, value (2+\frac12), unit cm
 #   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
 #   OPERATORS             `expression` calculates it     2.5
-# Each pair of READ_AS is written from=>to, and ~ is a blank: <==>\le~ makes "\le " of <=.
+# Each pair of READ_AS is written from=>to, and SPELLINGS makes a blank of ~: with <==>\le~, 1<=x
+# becomes 1\le x. Rows of a matrix become tuples: \begin{matrix}1&2\\3&4... -> ((1,2),(3,4))
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
@@ -1301,17 +1299,17 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     # 1,000 or 1 000 -> 1000, only as a whole answer or after "="
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
-# These words change the value, so they are no units: "5 million" and "5 tenths" are not 5
+# Words that change the value are no units: "5 tenths" is not 5. [eths]* is an ending: th, ths, s
 NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
                r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)[eths]*\b")
 UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"  # x_1, f(x), |x|
-# "x = 5 cm" -> x, 5, cm. Before a unit there is a blank, except before %, cm, km, mm and kg
-ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?"  # a name, before the last = or \in
-                  r"(.*?)"  # the value
-                  r"(?:(?:(?<=[\d)}])|(?<=pi)) ?"  # a unit is behind a digit, a bracket or pi
-                  rf"(%|(?:(?<= )|(?=[ckm]m\b|kg)){UNIT_WORD}(?:[ /]{UNIT_WORD})*"
-                  r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power: cm^2
+# "x = 5 cm^2" -> "x", "5 cm^2"; the name is before the last = or \in
+NAMED = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*)")
+# "5 cm^2" -> "5", "cm^2". Before a unit there is a blank, except before %, cm, km, mm and kg
+MEASURED = re.compile(r"(.*?)(?:(?:(?<=[\d)}])|(?<=pi)) ?"  # it is behind a digit, a bracket or pi
+                      rf"(%|(?:(?<= )|(?=[ckm]m\b|kg)){UNIT_WORD}(?:[ /]{UNIT_WORD})*"
+                      r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power
 TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by one
                    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
                    r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, unlike no, on, ln
@@ -1322,8 +1320,8 @@ PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # For a letter, which is a complex number, mpf() raises TypeError. So x^2 is calculated, but
-    # `value_of` compares x^(1/2), which has two values, as text
+    # x^(1/2) has two values, so it is not calculated: mpf() raises TypeError for a letter, which is
+    # a complex number, and `value_of` compares it as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1385,7 +1383,7 @@ def value_of(text):
         if tokens == [""]:  # all was read
             return REALS.nstr(REALS.chop(value), 200)
     # No number: compare as text, words without regard to case, single letters with it
-    words = re.sub(r"\{ (\S+) \}", r"\1", words)
+    words = re.sub(r"\{ (\S+) \}", r"\1", words)  # \R^{n} is \R^n
     return words.lower() if re.fullmatch("[A-Za-z]{2,}|[A-Za-z]+( [A-Za-z]+)+", words) else words
 
 def read(text, hundredths):
@@ -1397,7 +1395,8 @@ def read(text, hundredths):
         text = re.sub(pattern, replacement, text)
     values, names, units = [], [], set()
     for part in split_list(text):
-        name, value, unit = ITEM.fullmatch(part).groups()
+        name, rest = NAMED.fullmatch(part).groups()
+        value, unit = MEASURED.fullmatch(rest).groups()
         values.append(value_of(f"({value})/100" if unit == "%" and hundredths else value))
         if name:
             names.append((name, values[-1]))
@@ -1483,18 +1482,19 @@ def pass_rates(trajectories):
 def rollout_metrics(trajectories):
     """Return what is logged of a step's responses: shares, counts, and mean entropy per token."""
     trajectories = gather(trajectories)
-    tokens = own_tokens(trajectories)
-    count = len(trajectories)
-    rates = pass_rates(trajectories).values()
+    count, tokens = len(trajectories), own_tokens(trajectories)
+    sums = Counter()
+    for t in trajectories:
+        sums["reward"] += t.reward
+        sums["cut"] += not t.complete
+        sums["answered"] += extract_answer(t.text) is not None
+        sums["entropy"] += t.entropy[t.start:].sum().item()
     right = {(t.group, t.text) for t in trajectories if t.reward}
-    entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
-    cut = sum(not t.complete for t in trajectories)
-    answered = sum(extract_answer(t.text) is not None for t in trajectories)
-    return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
-            "eff_rate": sum(0 < rate < 1 for rate in rates) / len(rates),
-            "distinct_correct": len(right) / len(rates),
-            "solved": sum(rate > 0 for rate in rates) / len(rates),
-            "cut": cut / count, "answered": answered / count,
+    rates = list(pass_rates(trajectories).values())
+    return {"reward": sums["reward"] / count, "entropy": sums["entropy"] / tokens,
+            "eff_rate": 1 - (rates.count(0) + rates.count(1)) / len(rates),
+            "solved": 1 - rates.count(0) / len(rates), "distinct_correct": len(right) / len(rates),
+            "cut": sums["cut"] / count, "answered": sums["answered"] / count,
             "tokens_sampled": tokens, "trajectories": count}
 
 def fail(message):

@@ -10,7 +10,7 @@
 
 Every field of `Config` is a flag. A `training_step` does this:
 1. Sample M rollouts per prompt, and record each token's entropy H_t: `sample`, `token_entropy`.
-2. Branch each rollout up to K times at a token where the policy was uncertain. Each has its own
+2. Branch each rollout up to K times at a token where the policy was uncertain. Each branch has a
    latent, which enters by pseudo self-attention: `branch`, `LatentCVAE`, `PseudoSelfAttention`.
 3. Score each response by what it tells about the answer, minus what it carries over from the
    prompt, and filter the branches by this score: `trajectory_ib_score`, `select_top_n`.
@@ -120,10 +120,10 @@ class Config:
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
     rollouts: int = setting(8, "responses per prompt of a baseline; iiblpo's rollouts and branches "
-                            "together cost at most about as many tokens", "1..")
+                            "together sample about as many tokens as these, or fewer", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
-    generate_tokens: int = setting(131072, "size of a generate call: rows x (prompt + tokens still "
-                                   "to sample)", "1..")
+    generate_tokens: int = setting(131072, "largest generate call, in tokens: rows x (prompt + "
+                                   "tokens still to sample)", "1..")
     # Stage 1: branching
     initial: int = setting(2, "M: rollouts per prompt before branching", "1..")
     branches: int = setting(3, "K: branches per rollout", "1..")
@@ -213,7 +213,7 @@ class Trajectory:
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
 #                          age is 0 at the last token of c, which predicts o_t*, then 1, 2, ...  [O]
-#   its strength γ         scales w_z, adds ln γ to k_z's logit, and falls to 0 over the run    [O]
+#   its strength γ         scales w_z and exp(k_z's logit), and falls to 0 over the run         [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
@@ -364,8 +364,9 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
             attention_mask = torch.ones(Q, C, dtype=torch.bool, device=DEVICE).tril(C - Q)
         usual = torch.where(attention_mask, 0.0, -math.inf).to(query)  # added to the logits
-        bias = torch.where(psa.age >= 0, math.log(psa.gamma), -math.inf).to(query)[:, None, :, None]
-        attention_mask = torch.cat([bias.expand(B, 1, Q, 1), usual.expand(B, 1, Q, C)], -1)
+        of_slot = torch.where(psa.age >= 0, math.log(psa.gamma), -math.inf).to(query)  # exp: γ or 0
+        of_slot = of_slot[:, None, :, None].expand(B, 1, Q, 1)
+        attention_mask = torch.cat([of_slot, usual.expand(B, 1, Q, C)], -1)
         key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)  # K' = [k_z ; K]
         value = torch.cat([psa.values[:, i].to(value.dtype), value], 2)  # V' = [v_z ; V]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -385,7 +386,8 @@ def latent_loss(model, latents, batch, prefix, continuation):
         logp, _, mask = token_logps(model, batch)
     logp = (logp * mask).sum(1)
     kl = torch.distributions.kl_divergence(posterior, prior)  # [B, Z]
-    return (kl.clamp(min=cvae.free_nats).sum(1) / 2 - logp).mean(), logp, kl.mean(0)  # -ELBO
+    loss = kl.clamp(min=cvae.free_nats).sum(1) / 2 - logp  # nearly -ELBO
+    return loss.mean(), logp, kl.mean(0)
 
 @torch.no_grad()
 def branch(model, tokenizer, latents, parents, config, budget=math.inf):
@@ -405,8 +407,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     cvae, psa = latents
     e_c, _ = features(model, prefixes, config)
     z = cvae.sample(e_c, config.branches).flatten(0, 1)  # [K B, Z]
-    # z[i] belongs to branches[i], because both list all parents once, then all again. `sample`
-    # calls `steer` with the indices of some branches, and the column of the last token of c
+    # z[i] belongs to branches[i]: both run through all parents, and then through all of them again.
+    # `sample` passes the indices of a call's branches, and the column of the last token of c
     return sample(model, tokenizer, branches, config,
                   steer=lambda rows, born: psa.steer(z[rows], born))
 
@@ -421,16 +423,16 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #                 here right ones of highest, wrong of lowest: see select_top_n       [O]
 #   self-reward   the paper's figure adds S_IB itself to the loss                     [P]
 #                 here, as in the released code, κ mean_t(A H_t), A as under Update   [C]
-# Why Î(r; a*): given q, I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)]. The last logarithm is equal
-# for all responses to a prompt, so standardising removes it. r̄ is in the place of r, because after
-# r's own answer ln π(a*) would only repeat the reward. In the tiny task the last line of r̄ is the
-# answer, too. So there Î(r; a*) nearly repeats the reward, and among responses of the same reward
-# mainly Î(q; r) decides.
+# Why Î(r; a*): given q, I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)], where p is the policy's
+# probability, for which a* is uncertain. The last logarithm is equal for all responses to a prompt,
+# so standardising removes it. r̄ is in the place of r, because after r's own answer ln π(a*) would
+# only repeat the reward. In the tiny task the last line of r̄ is the answer, too. So there Î(r; a*)
+# nearly repeats the reward, and among responses of the same reward mainly Î(q; r) decides.
 # Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
 # We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
 # token depended on another. H_t is nearly always below h. So almost every token lowers S_IB: by h
-# if the policy was sure of it, as in repeated text, and by less if it hesitated. By this
-# term, right responses are dropped first if long and sure, wrong ones if short and hesitant.
+# if the policy was sure of it, as in repeated text, and by less if it hesitated. So by this term
+# the filter drops right branches that are long and sure, and wrong ones that are short and unsure.
 # H_t of a branch is that of the policy that sampled it, with its latent. [O]
 
 @torch.no_grad()
@@ -462,7 +464,7 @@ def prompt_information(entropy, mask, h):
 def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
     """Return S_IB [B] of responses; gain: Î(r; a*) [B], groups: [B], entropy, mask: [B, T].
 
-    Each term is standardised per prompt, as rewards are, so at beta = 1 both weigh the same. [O]
+    `group_advantages` standardises each term per prompt, so at beta = 1 both weigh the same. [O]
     """
     information = prompt_information(entropy, mask, h)
     return beta * group_advantages(gain, groups) - group_advantages(information, groups)  # S_IB
@@ -471,8 +473,9 @@ def select_top_n(candidates, keep):
     """Return the candidates that pass the filter, in their order.
 
     All initial rollouts pass. Branches are ranked among those of the same prompt and reward: right
-    ones by high S_IB, wrong ones by low S_IB. Where Î(r; a*) decides, a wrong one of high S_IB is a
-    near miss, and pushing it down would do harm. Of both, the share `keep` passes, rounded up. [O]
+    ones by high S_IB, wrong ones by low S_IB. Of both, the share `keep` passes, rounded up. Where
+    Î(r; a*) decides, a wrong one of high S_IB is a near miss, and pushing it down would do harm.
+    Where Î(q; r) decides, the wrong ones that pass are those of which the policy was sure. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
@@ -506,7 +509,8 @@ def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
     Initial rollouts and branches together may cost as many tokens as `config.rollouts` responses
-    per prompt would, at the initial ones' mean length. Rounds get equal parts of the rest. [O]
+    per prompt would, at the initial ones' mean length. What is left for branches is divided
+    equally among the rounds. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
     A round branches from what the last one kept, and then filters all branches anew. [O]
     """
@@ -536,8 +540,8 @@ def explore(model, tokenizer, latents, problems, config):
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
 # the tokens before and after it. A token that the latent made likelier has r_t < 1. Where A > 0 it
 # counts less. Where A < 0 and r_t < 1 - clip_low, the clip leaves it alone, so that choices rare
-# without z are not punished. Likewise tokens with A > 0 and r_t > 1 + clip_high are not raised. The
-# mean in A includes branches: it is not the bare policy's. In the released code π_old has no z. [O]
+# without z are not punished. Nor are tokens with A > 0 and r_t > 1 + clip_high raised. The mean
+# reward in A counts branches: it is not the bare policy's. In the released code π_old has no z. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -555,7 +559,7 @@ def set_advantages(candidates, kept):
 
     If k of the n candidates of one prompt and reward are kept, initial rollouts included, each of
     these k counts n/k times. So the filter does not change the sum of A over the right responses,
-    nor over the wrong ones. [O]
+    nor over the wrong ones. But the loss's mean is then over fewer tokens. [O]
     """
     rewards = torch.tensor([t.reward for t in candidates])
     groups = torch.tensor([t.group for t in candidates])
@@ -569,7 +573,7 @@ def set_advantages(candidates, kept):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], a token's weight in the mean.
+    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], the weights of the mean.
     The min bounds r_t from above where A > 0, and from below where A < 0. In the latter case the
     dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
@@ -769,11 +773,12 @@ def alternatives(model, tokenizer, problems, config):
         for token in p.topk(4).indices.tolist():
             goes_on = token not in eos and t.start + 1 < config.max_new_tokens
             if goes_on and p[token] > 0.01:
-                # The token is given, not sampled, so logps and entropy lack it; neither is read
+                # The token is given, not sampled, so logps and entropy lack it. The training
+                # of the latents reads only tokens and `start`
                 prefixes.append(replace(t, response=t.response + [token]))
     pairs = sample(model, tokenizer, prefixes[:math.ceil(config.cvae_pairs / WORLD)], config)
     tokens = own_tokens(parents) + own_tokens(pairs)
-    # c ends before the given token, so that the latents learn this token, too
+    # `start` goes back by one, to the end of c, so that the latents learn the given token, too
     return [replace(t, start=t.start - 1) for t in pairs], tokens
 
 @torch.no_grad()
@@ -810,10 +815,11 @@ def check_policy(model, tokenizer, latents, problems, config):
 def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; return metrics.
 
-    z_gain, latents_kl and active_dims (those beyond their free nats) are of the last micro-batch.
+    z_gain, latents_kl and active_dims (those beyond their free nats) are of the last micro-batch,
+    whose rows are the shortest.
     z_gain is the mean of ln π(o_>=t* | c, z) - ln π(o_>=t* | c), z ~ q_φ, in nats.
     """
-    # Enough for cvae_pairs, as a problem gives about two, and one for each process
+    # A problem gives about two pairs, so half as many problems are enough, plus one per process
     problems = shard(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
     pairs, tokens = gather(pairs), sum(gather([tokens]))
@@ -1034,7 +1040,6 @@ HUB = {  # "repository:configuration" of each name; its columns [and a project t
         "Hothan/OlympiadBench:OE_TO_maths_en_COMP"}
 autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=BF16)
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] -> [B, T]
-
 # Progress bars appear after five seconds. In a log file they move every 20 seconds.
 progress = functools.partial(tqdm, delay=5, mininterval=0.1 if sys.stderr.isatty() else 20,
                              leave=False, disable=RANK > 0)
@@ -1146,8 +1151,9 @@ def recompute_layers(model, config):
     Without `config.recompute`, do nothing. The checkpointing of transformers is not used, because
     it needs training mode, where dropout would change ln π.
     """
-    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
-    for layer in layers if config.recompute else []:
+    wanted = GradientCheckpointingLayer if config.recompute else ()
+    layers = [x for x in model.modules() if isinstance(x, wanted)]  # () matches nothing
+    for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
@@ -1192,7 +1198,7 @@ def micro_batches(lengths, tokens):
     A row that is longer is a group of its own. micro_batches([5, 9, 4], 10) -> [[1], [0, 2]]
     """
     batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # a group's longest is first
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
             batches[-1].append(i)
         else:
@@ -1269,7 +1275,7 @@ def load_policy(config):
         if not out.logits.allclose(head(out.hidden_states[-1]), atol=1e-3):
             fail(f"{name} scales or caps its logits, or has none that are finite: not supported")
     head.forward = types.MethodType(full_precision, head)
-    return model.eval(), tokenizer  # dropout would make other log-probabilities in training
+    return model.eval(), tokenizer  # with dropout, training would compute another ln π
 
 def with_cause(error):
     """Return an exception's message, and the first cause in its chain if it has one."""
@@ -1569,10 +1575,11 @@ def extract_answer(text):
 
 # To compare answers, `read` takes these stages, shown on x = 2\dfrac12\text{ cm}:
 #   SPELLINGS, READ_AS    one spelling for all           x = (2+\frac12) cm
-#   split_list, ITEM      the parts of a list            name x, value (2+\frac12), unit cm
+#   NAMED, MEASURED       the parts of each list item    name x, value (2+\frac12), unit cm
 #   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
 #   OPERATORS             `expression` calculates it     2.5
-# Each pair of READ_AS is written from=>to, and ~ is a blank: <==>\le~ makes "\le " of <=.
+# Each pair of READ_AS is written from=>to, and SPELLINGS makes a blank of ~: with <==>\le~, 1<=x
+# becomes 1\le x. Rows of a matrix become tuples: \begin{matrix}1&2\\3&4... -> ((1,2),(3,4))
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
@@ -1595,17 +1602,17 @@ SPELLINGS = [  # patterns and what replaces them, in this order
     # 1,000 or 1 000 -> 1000, only as a whole answer or after "="
     (r"(?:^|= ?)-?\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?![\d,/])", lambda n: re.sub("[ ,]", "", n[0])),
     (r"(?<![\w.^/)}])(\d+)( ?\\frac ?\{?\d+\}? ?\{?\d+\}?| \d+/\d+)", r"(\1+\2)")]  # 2 1/2 is 2+1/2
-# These words change the value, so they are no units: "5 million" and "5 tenths" are not 5
+# Words that change the value are no units: "5 tenths" is not 5. [eths]* is an ending: th, ths, s
 NUMBER_WORD = (r"(?:two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|\w*illion|"
                r"hal[fv]|third|quarter|time|squared|cubed|plus|minus|more|less|not|wrong)[eths]*\b")
 UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|lb|oz)"
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"  # x_1, f(x), |x|
-# "x = 5 cm" -> x, 5, cm. Before a unit there is a blank, except before %, cm, km, mm and kg
-ITEM = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?"  # a name, before the last = or \in
-                  r"(.*?)"  # the value
-                  r"(?:(?:(?<=[\d)}])|(?<=pi)) ?"  # a unit is behind a digit, a bracket or pi
-                  rf"(%|(?:(?<= )|(?=[ckm]m\b|kg)){UNIT_WORD}(?:[ /]{UNIT_WORD})*"
-                  r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power: cm^2
+# "x = 5 cm^2" -> "x", "5 cm^2"; the name is before the last = or \in
+NAMED = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*)")
+# "5 cm^2" -> "5", "cm^2". Before a unit there is a blank, except before %, cm, km, mm and kg
+MEASURED = re.compile(r"(.*?)(?:(?:(?<=[\d)}])|(?<=pi)) ?"  # it is behind a digit, a bracket or pi
+                      rf"(%|(?:(?<= )|(?=[ckm]m\b|kg)){UNIT_WORD}(?:[ /]{UNIT_WORD})*"
+                      r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power
 TOKEN = re.compile(r"(?a)(?<=frac)\d|(?<=frac )\d|"  # digits of \frac12, one by one
                    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?|\\sqrt\[\d+\]|"  # numbers and roots
                    r"(?<![A-Za-z\\])(?!no|on|ln)[a-z](?=[a-z]\b)|"  # xy -> x y, unlike no, on, ln
@@ -1616,8 +1623,8 @@ PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # For a letter, which is a complex number, mpf() raises TypeError. So x^2 is calculated, but
-    # `value_of` compares x^(1/2), which has two values, as text
+    # x^(1/2) has two values, so it is not calculated: mpf() raises TypeError for a letter, which is
+    # a complex number, and `value_of` compares it as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1679,7 +1686,7 @@ def value_of(text):
         if tokens == [""]:  # all was read
             return REALS.nstr(REALS.chop(value), 200)
     # No number: compare as text, words without regard to case, single letters with it
-    words = re.sub(r"\{ (\S+) \}", r"\1", words)
+    words = re.sub(r"\{ (\S+) \}", r"\1", words)  # \R^{n} is \R^n
     return words.lower() if re.fullmatch("[A-Za-z]{2,}|[A-Za-z]+( [A-Za-z]+)+", words) else words
 
 def read(text, hundredths):
@@ -1691,7 +1698,8 @@ def read(text, hundredths):
         text = re.sub(pattern, replacement, text)
     values, names, units = [], [], set()
     for part in split_list(text):
-        name, value, unit = ITEM.fullmatch(part).groups()
+        name, rest = NAMED.fullmatch(part).groups()
+        value, unit = MEASURED.fullmatch(rest).groups()
         values.append(value_of(f"({value})/100" if unit == "%" and hundredths else value))
         if name:
             names.append((name, values[-1]))
@@ -1777,18 +1785,19 @@ def pass_rates(trajectories):
 def rollout_metrics(trajectories):
     """Return what is logged of a step's responses: shares, counts, and mean entropy per token."""
     trajectories = gather(trajectories)
-    tokens = own_tokens(trajectories)
-    count = len(trajectories)
-    rates = pass_rates(trajectories).values()
+    count, tokens = len(trajectories), own_tokens(trajectories)
+    sums = Counter()
+    for t in trajectories:
+        sums["reward"] += t.reward
+        sums["cut"] += not t.complete
+        sums["answered"] += extract_answer(t.text) is not None
+        sums["entropy"] += t.entropy[t.start:].sum().item()
     right = {(t.group, t.text) for t in trajectories if t.reward}
-    entropy = sum(t.entropy[t.start:].sum().item() for t in trajectories)
-    cut = sum(not t.complete for t in trajectories)
-    answered = sum(extract_answer(t.text) is not None for t in trajectories)
-    return {"reward": sum(t.reward for t in trajectories) / count, "entropy": entropy / tokens,
-            "eff_rate": sum(0 < rate < 1 for rate in rates) / len(rates),
-            "distinct_correct": len(right) / len(rates),
-            "solved": sum(rate > 0 for rate in rates) / len(rates),
-            "cut": cut / count, "answered": answered / count,
+    rates = list(pass_rates(trajectories).values())
+    return {"reward": sums["reward"] / count, "entropy": sums["entropy"] / tokens,
+            "eff_rate": 1 - (rates.count(0) + rates.count(1)) / len(rates),
+            "solved": 1 - rates.count(0) / len(rates), "distinct_correct": len(right) / len(rates),
+            "cut": sums["cut"] / count, "answered": sums["answered"] / count,
             "tokens_sampled": tokens, "trajectories": count}
 
 def fail(message):
