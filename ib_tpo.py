@@ -177,7 +177,7 @@ class Trajectory:
     response: list[int] = field(default_factory=list)  # T tokens; the last is EOS unless cut off
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of each token o_t, recorded in sampling
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, of the distribution that o_t was drawn from
-    start: int = 0  # response[start:] are its own tokens; those before were its prefix
+    start: int = 0  # response[:start] was given to it, and response[start:] it sampled itself
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
@@ -246,7 +246,7 @@ def split_steps(token_ids, tokenizer, delimiter):
     steps, text = [[]], ""
     for token in token_ids:
         steps[-1].append(token)
-        text = (text + texts[token]).lstrip()  # blank lines that begin a step do not end it
+        text = (text + texts[token]).lstrip()  # or else blank lines would end an empty step
         if delimiter in text:
             steps.append([])
             text = ""
@@ -279,7 +279,7 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
 def prefix_at(node, problem):
     """Return a trajectory whose response is the steps down to a node, to be continued."""
     path = node.path()
-    # `cat` needs at least one tensor. At the root, that is the empty one of the problem
+    # The root's path is [], and cat([]) fails, so the problem's own tensors, which are empty, lead
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
                    entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
@@ -303,7 +303,7 @@ def grow(model, tokenizer, problems, config, rng):
     B0, L, K, B = config.tree
     if config.sampler == "independent":  # by default as many rollouts as a tree has
         B0, L = config.rollouts or B0 + (L - 1) * K * B, 1
-    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # the root is branched from
+    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # B₀ rollouts branch here
     trajectories = extend_trees(model, tokenizer, roots, problems * B0, config)
     for _ in range(L - 1):
         prefixes = []
@@ -315,19 +315,20 @@ def grow(model, tokenizer, problems, config, rng):
     return roots, trajectories
 
 # ==== IB-Score: where to branch
-# v is a node, s a child of v, and s_b, b = 1 ... n, the child that v's b-th continuation sampled.
+# s is a child of node v. s_1 ... s_n are the children that were sampled at v, one per trajectory
+# that went through v, without those that had the child in their prefix.
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
 #   confidence        η₂(s) = π(s), short for π(s|v)                                   [P]
 #   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H        [P]
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
 # The Gini entropy of (1) would be H(s|a*,v) = 1 - Σ_s π(s|a*,v)², from which (2) does not follow.
-# If H(s|a*,v) is a cross-entropy, (2) does follow, but for 1 + ... and β in place of 1+β: [O]
+# If H(s|a*,v) is a cross-entropy, (2) follows with 1 added, and β in place of 1+β: [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
 #   J_IB(v)   = 1 - Σ_s π² (1 + β - β p(a*|s) / p(a*|v)) = 1 + β Σ_s π η₁ η₂ ≈ 1 + β/n Σ_b η₁ η₂
-# It ranks nodes as (2) does. The code's π(s) is a geometric mean, so there this does not hold.
+# This ranks nodes as (2) does. In the code π(s) is a geometric mean, so this only motivates (2).
 # How to read the score: as long as no node below v was branched from, p̂(a*|v) is the mean of
 # p̂(a*|s_b). Then the mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So it is
 # high where the confident children are better than the others. It is also high where confidence is
@@ -352,7 +353,7 @@ def ib_score(node, beta):
     return (1 + beta) / len(gain) * sum(map(operator.mul, gain, confidence))  # J_IB
 
 def ib_covariance(node, beta):
-    """Return Cov(η₁, η₂) over s_b, which in the paper's GRPO runs falls to zero. [P]"""
+    """Return Cov(η₁, η₂) over s_b. In the paper it falls to zero in GRPO's runs. [P]"""
     gain, confidence = drawn_children(node, beta)
     n = len(gain)
     product = sum(map(operator.mul, gain, confidence)) / n
@@ -385,7 +386,7 @@ def select_nodes(root, k, sampler, config, rng):
 #   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards; A_GL = 0 if std = 0      [P]
 #   A_IB(s) = η₁(s) η₂(s)                                                          [P]
 #             the paper has π_ref in η₂; here it is the policy that sampled        [O]
-#   A(s) = A_GL(s) + λ A_IB(s): s against the whole tree, and against its parent   [P]
+#   A(s) = A_GL(s) + λ A_IB(s): s compared with the tree, and with its parent      [P]
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
 # are right, A(s) is this price alone. If π(s) were the probability of s, the price would have the
@@ -399,13 +400,13 @@ def step_advantage(node, root, config):
 
     `grpo` is A_GL with GRPO's std + 1e-4. `treerl` is TreeRL's advantage [arXiv 2506.11902].
     """
-    gain = node.value - root.value
+    above_root = node.value - root.value
     std = math.sqrt(root.value * (1 - root.value))  # of G rewards of 0 or 1 with this mean
     if config.advantage == "grpo":
-        return gain / (std + 1e-4)
+        return above_root / (std + 1e-4)
     if config.advantage == "treerl":
-        return (gain + node.value - node.parent.value) / math.sqrt(node.visits)
-    a_gl = gain / max(std, 1e-9)  # A_GL
+        return (above_root + node.value - node.parent.value) / math.sqrt(node.visits)
+    a_gl = above_root / max(std, 1e-9)  # A_GL
     a_ib = information_gain(node, config.beta) * node.confidence  # A_IB
     return {"gl": a_gl, "ib": a_ib, "gl+ib": a_gl + config.lam * a_ib}[config.advantage]  # A(s)
 
@@ -419,7 +420,7 @@ def step_advantages(root, config):
 #          mean_t is over all tokens of the G trajectories, so that a shared token counts once
 #          for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0                   [O]
 # Steps that trajectories share are run once. The tree lies depth-first in one sequence. There a
-# token sees its ancestors and itself, its position is its depth, and its weight is the number of
+# token sees its ancestors and itself, has its trajectory's position, and weighs as the number of
 # trajectories through it. The gradient is that of G separate rows with the advantages A(s). [O]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
@@ -444,7 +445,6 @@ def pack_tree(root, advantages):
     """Pack a tree into one sequence of S tokens: the prompt, then every step exactly once.
 
     Return a dict of input_ids and these tensors, all [S]:
-
         previous    index of the token before it in its trajectory, whose state predicts it
         weights     number of trajectories through it, 0 for the prompt
         advantages  A(s) of its step, 0 for the prompt
@@ -457,11 +457,11 @@ def pack_tree(root, advantages):
     """
     nodes = root.walk()
     last = {}  # node: index of its last token
-    previous = torch.arange(sum(len(node.tokens) for node in nodes)) - 1
+    previous = torch.arange(sum(len(node.tokens) for node in nodes)) - 1  # right inside a step
     begin = 0
     for node in nodes:
         if node.parent:
-            previous[begin] = last[node.parent]
+            previous[begin] = last[node.parent]  # of its first token
         begin += len(node.tokens)
         last[node] = begin - 1
     lengths = torch.tensor([len(node.tokens) for node in nodes])
@@ -556,7 +556,7 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
     stats |= {"ib_score": sum(scores) / len(scores), "cov": sum(covs) / max(1, len(covs))}
     return rollout_metrics(trajectories) | stats
 
-# ==== The run
+# ==== The run, the same in both scripts
 
 def set_up(config):
     """Load all that a run works with, and evaluate a new run before it trains."""
@@ -672,7 +672,7 @@ def stack_packs(packs):
     """
     batch = {name: pad([pack[name] for pack in packs]).to(DEVICE) for name in packs[0]}
     mask = torch.eye(batch["input_ids"].shape[1], dtype=torch.bool).repeat(len(packs), 1, 1)
-    for sees, pack in zip(mask, packs):  # `sees` is a part of `mask`
+    for sees, pack in zip(mask, packs):  # a view: writing to it writes to mask
         for i, before in enumerate(pack["previous"].tolist()):
             sees[i] |= sees[before]
     return batch | {"attention_mask": mask.to(DEVICE)}
@@ -697,7 +697,7 @@ def show(config):
 
     To see a trained policy, give --model RUN/model, and if it is tiny --config tiny_config.yaml.
     """
-    _, heldout = load_problems(config)  # first: a mistyped data set shows sooner
+    _, heldout = load_problems(config)  # before the model: a mistyped name fails at once
     model, tokenizer = load_policy(config)
     heldout = encode(heldout, model, tokenizer, config)
     torch.manual_seed(config.seed)
@@ -848,8 +848,8 @@ def recompute_layers(model, config):
     Without `config.recompute`, do nothing. The checkpointing of transformers is not used, because
     it needs training mode, where dropout would change ln π.
     """
-    wanted = GradientCheckpointingLayer if config.recompute else ()
-    layers = [x for x in model.modules() if isinstance(x, wanted)]  # () matches nothing
+    layers = [x for x in model.modules()
+              if config.recompute and isinstance(x, GradientCheckpointingLayer)]
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:
@@ -903,7 +903,7 @@ def micro_batches(lengths, tokens):
     return batches
 
 def take_step(model, optimizer, config):
-    """Take an optimizer step by all processes' gradients; return their norm before clipping."""
+    """Take an optimizer step by the sum of all processes' gradients; return its unclipped norm."""
     for p in model.parameters():
         if WORLD > 1:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -1169,7 +1169,7 @@ def demonstration(question, rng, habit):
 def chain_questions(rng, operands, heldout, n):
     """Return n different questions; held out are those whose checksum is a multiple of 16."""
     found = {}
-    for _ in range(32 * n + 10_000):
+    for _ in range(32 * n + 10_000):  # if so many do not give n, there are too few
         question = str(rng.randrange(10))
         for _ in range(rng.randint(*operands) - 1):
             question += rng.choice("+-*") + str(rng.randrange(10))
@@ -1306,7 +1306,7 @@ UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"  # x_1, f(x), |x|
 # "x = 5 cm^2" -> "x", "5 cm^2"; the name is before the last = or \in
 NAMED = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*)")
-# "5 cm^2" -> "5", "cm^2". Before a unit there is a blank, except before %, cm, km, mm and kg
+# "5 cm^2" -> "5", "cm^2". A unit has a blank before it, except %, cm, km, mm, kg: "5%", "5km/h"
 MEASURED = re.compile(r"(.*?)(?:(?:(?<=[\d)}])|(?<=pi)) ?"  # it is behind a digit, a bracket or pi
                       rf"(%|(?:(?<= )|(?=[ckm]m\b|kg)){UNIT_WORD}(?:[ /]{UNIT_WORD})*"
                       r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power
@@ -1320,8 +1320,8 @@ PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # x^(1/2) has two values, so it is not calculated: mpf() raises TypeError for a letter, which is
-    # a complex number, and `value_of` compares it as text
+    # A letter is a complex number (see `operand`), for which mpf() raises TypeError. So x^(1/2),
+    # which has two values, is not calculated, and `value_of` compares it as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1340,7 +1340,7 @@ def operand(tokens):
         return REALS.mpf(operand(tokens)) ** (1 / REALS.mpf(token[6:-1] or 2))
     if token == r"\pi":
         return +REALS.pi
-    if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
+    if re.fullmatch("[A-Za-z]", token):  # a fixed complex value: equal polynomials are equal
         rng = random.Random(token)
         return REALS.mpc(rng.uniform(0.7, 1.4), rng.uniform(0.7, 1.4))
     if token[:1] not in set(".0123456789"):
@@ -1382,7 +1382,7 @@ def value_of(text):
         value = expression(tokens)
         if tokens == [""]:  # all was read
             return REALS.nstr(REALS.chop(value), 200)
-    # No number: compare as text, words without regard to case, single letters with it
+    # No number: compare as text, words in lower case, single letters as they are
     words = re.sub(r"\{ (\S+) \}", r"\1", words)  # \R^{n} is \R^n
     return words.lower() if re.fullmatch("[A-Za-z]{2,}|[A-Za-z]+( [A-Za-z]+)+", words) else words
 
@@ -1433,28 +1433,28 @@ def distinct_n(texts, n):
     return len(set(grams)) / max(1, len(grams))
 
 def problem_metrics(responses, config):
-    """Return the metrics of a problem's k responses, whose rewards are set.
+    """Return the metrics of a problem's n responses, whose rewards are set.
 
-    pass@n: the chance that at least one of n responses is right; sound@n likewise. maj@k: whether
+    pass@k: the chance that at least one of k responses is right; sound@k likewise. maj@n: whether
     the most frequent answer is right. distinct_1, distinct_4: the share of n-grams that are
     different. distinct_correct: how many different right responses there are.
     """
-    k = len(responses)
+    n = len(responses)
     right = [t.text for t in responses if t.reward]
     votes = Counter(filter(None, [extract_answer(t.text) for t in responses]))
     winner = max(votes, key=votes.get, default=None)
-    metrics = {f"maj@{k}": float(winner in map(extract_answer, right))}
+    metrics = {f"maj@{n}": float(winner in map(extract_answer, right))}  # some right one says it
     texts = [t.text for t in responses]
     metrics |= {"distinct_1": distinct_n(texts, 1), "distinct_4": distinct_n(texts, 4),
-                "distinct_correct": len(set(right)), "length": own_tokens(responses) / k}
+                "distinct_correct": len(set(right)), "length": own_tokens(responses) / n}
     kinds = {"pass": right}
     if config.dataset == "chain":
         kinds["sound"] = [text for text in right if is_sound(responses[0].question, text)]
         metrics["distinct_sound"] = len(set(kinds["sound"]))
     for kind, passed in kinds.items():
-        for n in sorted({1, 4, 16, k}):
-            if n <= k:
-                metrics[f"{kind}@{n}"] = pass_at_k(k, len(passed), n)
+        for k in sorted({1, 4, 16, n}):
+            if k <= n:
+                metrics[f"{kind}@{k}"] = pass_at_k(n, len(passed), k)
     return metrics
 
 def evaluate(model, tokenizer, problems, config, file=None):
@@ -1591,7 +1591,7 @@ def run_folder(config):
         fail(f"there is no run in {folder} to resume: start one without --resume, in a new --out")
     if folder.exists() and not config.resume:
         fail(f"{folder} exists: choose another --out, or go on with --resume")
-    save_atomically(folder.parent / ".writable", Path.touch)  # better now than after an hour
+    save_atomically(folder.parent / ".writable", Path.touch)  # better to fail now than in an hour
     (folder.parent / ".writable").unlink(missing_ok=True)
     return folder
 

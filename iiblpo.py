@@ -119,8 +119,8 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt of a baseline; iiblpo's rollouts and branches "
-                            "together sample about as many tokens as these, or fewer", "1..")
+    rollouts: int = setting(8, "responses per prompt of a baseline; iiblpo's budget: its rollouts "
+                            "and branches sample about as many tokens, or fewer", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "largest generate call, in tokens: rows x (prompt + "
                                    "tokens still to sample)", "1..")
@@ -185,7 +185,7 @@ class Trajectory:
     response: list[int] = field(default_factory=list)  # T tokens; the last is EOS unless cut off
     logps: torch.Tensor = torch.zeros(0)  # [T] ln π_old of each token o_t, recorded in sampling
     entropy: torch.Tensor = torch.zeros(0)  # [T] H_t, of the distribution that o_t was drawn from
-    start: int = 0  # response[start:] are its own tokens; those before were its prefix
+    start: int = 0  # response[:start] was given to it, and response[start:] it sampled itself
     text: str = ""
     complete: bool = True  # it ended by itself
     reward: float = 0.0
@@ -213,7 +213,7 @@ class Trajectory:
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
 #                          age is 0 at the last token of c, which predicts o_t*, then 1, 2, ...  [O]
-#   its strength γ         scales w_z and exp(k_z's logit), and falls to 0 over the run         [O]
+#   its strength γ         multiplies the slot's softmax weight, too; falls to 0 over the run  [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
@@ -225,8 +225,8 @@ def branch_positions(entropy, mask, top_frac, generator=None):
 
     t* is drawn from Ω. The first position is left out, because a branch from there would be one
     more rollout. Of the n others, Ω holds the max(1, floor(ρ n)) of highest entropy. At ρ = 0.05
-    and n < 40, as in the tiny task with up to 6 digits, that is one. t* may be where EOS is, as in
-    the released code. A response of one token has t* = 0.
+    and n < 40, as in the tiny task with up to 6 digits, Ω is one position. t* may be where EOS is,
+    as in the released code. A response of one token has t* = 0.
     """
     chosen = torch.zeros(len(entropy), dtype=torch.long)
     for row in range(len(entropy)):
@@ -334,8 +334,8 @@ class PseudoSelfAttention(torch.nn.Module):
         """Set the ages, [B, Q] or [1, Q], of the Q columns that a forward pass is about to run.
 
         `generate` runs all columns of the prompts in one pass, and then one column per pass. This
-        hook, which each pass calls first, counts them itself, because the arguments that give their
-        position differ between releases of transformers.
+        hook is the first that a pass calls. It counts the columns itself, because how transformers
+        passes their positions on differs between its releases.
         """
         if self.steering:
             Q = output.shape[1]
@@ -356,7 +356,7 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
     """Return the usual attention, with the latent's slot, if there is one, before keys and values.
 
     query: [B, heads, Q, D]; key, value: [B, kv_heads, C, D]; attention_mask: bool [B, 1, Q, C], or
-    None.
+    None. ln γ, added to the slot's logit, multiplies its weight by γ; -inf hides it before `born`.
     """
     psa, i = getattr(module, "psa", (None, None))
     if psa and psa.steering:
@@ -364,7 +364,7 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
         if attention_mask is None:  # transformers leaves out a mask that is merely causal
             attention_mask = torch.ones(Q, C, dtype=torch.bool, device=DEVICE).tril(C - Q)
         usual = torch.where(attention_mask, 0.0, -math.inf).to(query)  # added to the logits
-        of_slot = torch.where(psa.age >= 0, math.log(psa.gamma), -math.inf).to(query)  # exp: γ or 0
+        of_slot = torch.where(psa.age >= 0, math.log(psa.gamma), -math.inf).to(query)
         of_slot = of_slot[:, None, :, None].expand(B, 1, Q, 1)
         attention_mask = torch.cat([of_slot, usual.expand(B, 1, Q, C)], -1)
         key = torch.cat([psa.keys[:, i].to(key.dtype), key], 2)  # K' = [k_z ; K]
@@ -407,8 +407,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     cvae, psa = latents
     e_c, _ = features(model, prefixes, config)
     z = cvae.sample(e_c, config.branches).flatten(0, 1)  # [K B, Z]
-    # z[i] belongs to branches[i]: both run through all parents, and then through all of them again.
-    # `sample` passes the indices of a call's branches, and the column of the last token of c
+    # z[i] is for branches[i]: both list all parents, then all again; the budget may not need all z.
+    # `sample` calls `steer` with the indices of some branches, and the column of c's last token
     return sample(model, tokenizer, branches, config,
                   steer=lambda rows, born: psa.steer(z[rows], born))
 
@@ -423,23 +423,23 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #                 here right ones of highest, wrong of lowest: see select_top_n       [O]
 #   self-reward   the paper's figure adds S_IB itself to the loss                     [P]
 #                 here, as in the released code, κ mean_t(A H_t), A as under Update   [C]
-# Why Î(r; a*): given q, I(r; a*) = E[ln p(a* | q, r) - ln p(a* | q)], where p is the policy's
-# probability, for which a* is uncertain. The last logarithm is equal for all responses to a prompt,
-# so standardising removes it. r̄ is in the place of r, because after r's own answer ln π(a*) would
-# only repeat the reward. In the tiny task the last line of r̄ is the answer, too. So there Î(r; a*)
-# nearly repeats the reward, and among responses of the same reward mainly Î(q; r) decides.
-# Why Î(q; r): I(q; r) = H(r) - H(r | q), and H(r | q) is Σ_t H_t in expectation. H(r) is unknown.
-# We put T·h in its place, where h is the entropy of the token frequencies in the batch, as if no
-# token depended on another. H_t is nearly always below h. So almost every token lowers S_IB: by h
-# if the policy was sure of it, as in repeated text, and by less if it hesitated. So by this term
-# the filter drops right branches that are long and sure, and wrong ones that are short and unsure.
+# Why Î(r; a*): given q, the policy's answer A has I(r; A) = E[ln p(A | q, r) - ln p(A | q)]. For
+# the mean we take the value at A = a*. The last logarithm is equal for all responses to a
+# prompt, so standardising removes it. r̄ is in r's place, because after r's own answer ln π(a*)
+# would only repeat the reward. In the tiny task the last line of r̄ is the answer, too. So there
+# Î(r; a*) nearly repeats the reward, and if that is the same mainly Î(q; r) decides.
+# Why Î(q; r): I(q; r) = E[ln π(r | q) - ln p(r)]. For -ln π(r | q) we take its mean, Σ_t H_t. For
+# -ln p(r), which is unknown, we take T·h, as if no token depended on another: h is the entropy of
+# the token frequencies in the batch. H_t is nearly always below h. So almost every token lowers
+# S_IB: by h if the policy was sure of it, as in repeated text, and by less if it hesitated. So long
+# and sure branches have a low S_IB, and the filter drops them if they are right, not if wrong.
 # H_t of a branch is that of the policy that sampled it, with its latent. [O]
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
     """Return Î(r; a*), [B], in nats per answer token, under the policy without latents.
 
-    r̄ is the text before the marker of the answer that `find_answer` found, or else all text. [O]
+    r̄ is the text before the marker of its answer, or all text. [O] A probe is q, r̄, cue and a*.
     """
     cue = cue_of(config.prompt)
     reasoning = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄
@@ -508,9 +508,8 @@ def set_scores(model, tokenizer, candidates, config):
 def explore(model, tokenizer, latents, problems, config):
     """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
 
-    Initial rollouts and branches together may cost as many tokens as `config.rollouts` responses
-    per prompt would, at the initial ones' mean length. What is left for branches is divided
-    equally among the rounds. [O]
+    The budget is the tokens of `config.rollouts` responses per prompt, each as long as the initial
+    ones on average. What these leave of it is for branches, in equal parts per round. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
     A round branches from what the last one kept, and then filters all branches anew. [O]
     """
@@ -539,9 +538,9 @@ def explore(model, tokenizer, latents, problems, config):
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
 # the tokens before and after it. A token that the latent made likelier has r_t < 1. Where A > 0 it
-# counts less. Where A < 0 and r_t < 1 - clip_low, the clip leaves it alone, so that choices rare
-# without z are not punished. Nor are tokens with A > 0 and r_t > 1 + clip_high raised. The mean
-# reward in A counts branches: it is not the bare policy's. In the released code π_old has no z. [O]
+# counts less. Where A < 0 and r_t < 1 - clip_low, the clip removes its gradient, so that what is
+# rare without z is not made rarer. Likewise, tokens with A > 0 and r_t > 1 + clip_high are not made
+# likelier. The mean reward in A counts branches, too. In the released code π_old has no z. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -591,7 +590,7 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch and other statistics, all means over the responses' own tokens.
 
-    `sampling_gap` is |ln π - ln π_old|, set to 0 in branches, because they had a latent. Until
+    `sampling_gap` is |ln π - ln π_old|, and 0 in branches, which had a latent. Until
     the batch's first optimizer step it is mere rounding, or else there is a bug.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
@@ -672,7 +671,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     metrics["tokens_sampled"] += metrics.get("latent_tokens", 0)  # max_tokens counts them
     return metrics
 
-# ==== The run
+# ==== The run, the same in both scripts
 
 def set_up(config):
     """Load all that a run works with, and evaluate a new run before it trains."""
@@ -760,8 +759,8 @@ def set_schedule(run, config):
 def alternatives(model, tokenizer, problems, config):
     """Return the continuations that the latents learn from, and how many tokens were sampled. [O]
 
-    Each problem is answered once. Each of the four likeliest tokens at t*, if it has p > 0.01, then
-    begins a continuation, so that a rare choice counts as much as a common one.
+    Each problem is answered once. Each of the four likeliest tokens at t*, except EOS, begins a
+    continuation if it has p > 0.01, so that a rare choice counts as much as a common one.
     """
     prefixes = []
     eos = model.generation_config.eos_token_id
@@ -819,7 +818,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     whose rows are the shortest.
     z_gain is the mean of ln π(o_>=t* | c, z) - ln π(o_>=t* | c), z ~ q_φ, in nats.
     """
-    # A problem gives about two pairs, so half as many problems are enough, plus one per process
+    # A problem gives about two pairs, so cvae_pairs / 2 problems are enough, plus one per process
     problems = shard(problems[:WORLD + config.cvae_pairs // 2])
     pairs, tokens = alternatives(model, tokenizer, problems, config)
     pairs, tokens = gather(pairs), sum(gather([tokens]))
@@ -944,7 +943,7 @@ def show(config):
     To see a trained policy, give --model RUN/model, and if it is tiny --config tiny_config.yaml.
     The latents are trained anew, because RUN/model holds the policy alone.
     """
-    training, heldout = load_problems(config)  # first: a mistyped data set shows sooner
+    training, heldout = load_problems(config)  # before the model: a mistyped name fails at once
     model, tokenizer = load_policy(config)
     problems = encode(training, model, tokenizer, config)
     heldout = encode(heldout, model, tokenizer, config)
@@ -1151,8 +1150,8 @@ def recompute_layers(model, config):
     Without `config.recompute`, do nothing. The checkpointing of transformers is not used, because
     it needs training mode, where dropout would change ln π.
     """
-    wanted = GradientCheckpointingLayer if config.recompute else ()
-    layers = [x for x in model.modules() if isinstance(x, wanted)]  # () matches nothing
+    layers = [x for x in model.modules()
+              if config.recompute and isinstance(x, GradientCheckpointingLayer)]
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:
@@ -1206,7 +1205,7 @@ def micro_batches(lengths, tokens):
     return batches
 
 def take_step(model, optimizer, config):
-    """Take an optimizer step by all processes' gradients; return their norm before clipping."""
+    """Take an optimizer step by the sum of all processes' gradients; return its unclipped norm."""
     for p in model.parameters():
         if WORLD > 1:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -1472,7 +1471,7 @@ def demonstration(question, rng, habit):
 def chain_questions(rng, operands, heldout, n):
     """Return n different questions; held out are those whose checksum is a multiple of 16."""
     found = {}
-    for _ in range(32 * n + 10_000):
+    for _ in range(32 * n + 10_000):  # if so many do not give n, there are too few
         question = str(rng.randrange(10))
         for _ in range(rng.randint(*operands) - 1):
             question += rng.choice("+-*") + str(rng.randrange(10))
@@ -1609,7 +1608,7 @@ UNIT_WORD = rf"(?:(?!{NUMBER_WORD})[A-Za-z]{{3,}}|[ckm]?m|k?g|[Lsh]|of|sq|ft|in|
 NAME = r"\|?\\?[A-Za-z]+(?:_\w|_\{[^{}]*\})?(?:\([A-Za-z]\))?\|?|\([A-Za-z, ]+\)"  # x_1, f(x), |x|
 # "x = 5 cm^2" -> "x", "5 cm^2"; the name is before the last = or \in
 NAMED = re.compile(rf"(?:({NAME}) ?(?:=|\\in\b)(?=[^=]*$) *)?(.*)")
-# "5 cm^2" -> "5", "cm^2". Before a unit there is a blank, except before %, cm, km, mm and kg
+# "5 cm^2" -> "5", "cm^2". A unit has a blank before it, except %, cm, km, mm, kg: "5%", "5km/h"
 MEASURED = re.compile(r"(.*?)(?:(?:(?<=[\d)}])|(?<=pi)) ?"  # it is behind a digit, a bracket or pi
                       rf"(%|(?:(?<= )|(?=[ckm]m\b|kg)){UNIT_WORD}(?:[ /]{UNIT_WORD})*"
                       r"(?: ?\^ ?\{?[23]\}?)?) *)?")  # its power
@@ -1623,8 +1622,8 @@ PRODUCT = (r"(?<=[\w)}])(?<!sqrt|frac)(?<!frac \w) "
 OPERATORS = {  # how tightly each binds, and how tightly what stands on its right must bind
     "+": (1, 2, operator.add), "-": (1, 2, operator.sub), "*": (2, 3, operator.mul),
     "/": (2, 3, operator.truediv),
-    # x^(1/2) has two values, so it is not calculated: mpf() raises TypeError for a letter, which is
-    # a complex number, and `value_of` compares it as text
+    # A letter is a complex number (see `operand`), for which mpf() raises TypeError. So x^(1/2),
+    # which has two values, is not calculated, and `value_of` compares it as text
     "^": (4, 4, lambda x, n: (x if REALS.isint(n) else REALS.mpf(x)) ** n)}
 
 def operand(tokens):
@@ -1643,7 +1642,7 @@ def operand(tokens):
         return REALS.mpf(operand(tokens)) ** (1 / REALS.mpf(token[6:-1] or 2))
     if token == r"\pi":
         return +REALS.pi
-    if re.fullmatch("[A-Za-z]", token):  # a fixed complex value, so that polynomials compare
+    if re.fullmatch("[A-Za-z]", token):  # a fixed complex value: equal polynomials are equal
         rng = random.Random(token)
         return REALS.mpc(rng.uniform(0.7, 1.4), rng.uniform(0.7, 1.4))
     if token[:1] not in set(".0123456789"):
@@ -1685,7 +1684,7 @@ def value_of(text):
         value = expression(tokens)
         if tokens == [""]:  # all was read
             return REALS.nstr(REALS.chop(value), 200)
-    # No number: compare as text, words without regard to case, single letters with it
+    # No number: compare as text, words in lower case, single letters as they are
     words = re.sub(r"\{ (\S+) \}", r"\1", words)  # \R^{n} is \R^n
     return words.lower() if re.fullmatch("[A-Za-z]{2,}|[A-Za-z]+( [A-Za-z]+)+", words) else words
 
@@ -1736,28 +1735,28 @@ def distinct_n(texts, n):
     return len(set(grams)) / max(1, len(grams))
 
 def problem_metrics(responses, config):
-    """Return the metrics of a problem's k responses, whose rewards are set.
+    """Return the metrics of a problem's n responses, whose rewards are set.
 
-    pass@n: the chance that at least one of n responses is right; sound@n likewise. maj@k: whether
+    pass@k: the chance that at least one of k responses is right; sound@k likewise. maj@n: whether
     the most frequent answer is right. distinct_1, distinct_4: the share of n-grams that are
     different. distinct_correct: how many different right responses there are.
     """
-    k = len(responses)
+    n = len(responses)
     right = [t.text for t in responses if t.reward]
     votes = Counter(filter(None, [extract_answer(t.text) for t in responses]))
     winner = max(votes, key=votes.get, default=None)
-    metrics = {f"maj@{k}": float(winner in map(extract_answer, right))}
+    metrics = {f"maj@{n}": float(winner in map(extract_answer, right))}  # some right one says it
     texts = [t.text for t in responses]
     metrics |= {"distinct_1": distinct_n(texts, 1), "distinct_4": distinct_n(texts, 4),
-                "distinct_correct": len(set(right)), "length": own_tokens(responses) / k}
+                "distinct_correct": len(set(right)), "length": own_tokens(responses) / n}
     kinds = {"pass": right}
     if config.dataset == "chain":
         kinds["sound"] = [text for text in right if is_sound(responses[0].question, text)]
         metrics["distinct_sound"] = len(set(kinds["sound"]))
     for kind, passed in kinds.items():
-        for n in sorted({1, 4, 16, k}):
-            if n <= k:
-                metrics[f"{kind}@{n}"] = pass_at_k(k, len(passed), n)
+        for k in sorted({1, 4, 16, n}):
+            if k <= n:
+                metrics[f"{kind}@{k}"] = pass_at_k(n, len(passed), k)
     return metrics
 
 def evaluate(model, tokenizer, problems, config, file=None):
@@ -1894,7 +1893,7 @@ def run_folder(config):
         fail(f"there is no run in {folder} to resume: start one without --resume, in a new --out")
     if folder.exists() and not config.resume:
         fail(f"{folder} exists: choose another --out, or go on with --resume")
-    save_atomically(folder.parent / ".writable", Path.touch)  # better now than after an hour
+    save_atomically(folder.parent / ".writable", Path.touch)  # better to fail now than in an hour
     (folder.parent / ".writable").unlink(missing_ok=True)
     return folder
 
