@@ -217,7 +217,7 @@ class Node:
 
         The paper has their product, near 0 for long steps, and in A_IB takes π_ref's probabilities.
         """
-        return self.logps.mean().exp().item()
+        return self.logps.mean().exp().item()  # η₂
 
     def path(self):
         """Return the steps from the first to this one, without the root."""
@@ -318,7 +318,7 @@ def grow(model, tokenizer, problems, config, rng):
 # s is a child of node v. s_1 ... s_n are the children that were sampled at v, one per trajectory
 # that went through v, without those that had the child in their prefix.
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
-#   confidence        η₂(s) = π(s), short for π(s|v)                                   [P]
+#   confidence        η₂(s) = π(s), short for π(s|v); here a geometric mean: Node      [P]
 #   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H        [P]
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
@@ -357,7 +357,7 @@ def ib_covariance(node, beta):
     gain, confidence = drawn_children(node, beta)
     n = len(gain)
     product = sum(map(operator.mul, gain, confidence)) / n
-    return product - sum(gain) / n * sum(confidence) / n
+    return product - sum(gain) / n * sum(confidence) / n  # Cov
 
 def select_nodes(root, k, sampler, config, rng):
     """Return the k nodes to branch from; a node must have children.

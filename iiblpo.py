@@ -491,7 +491,8 @@ def select_top_n(candidates, keep):
 def ib_self_reward(entropy, advantages, mask):
     """Return mean_t(A H_t), with a gradient through H_t; entropy, mask: [B, T], advantages: [B].
 
-    The loss raises H_t where A > 0, and lowers it where A < 0. From IBRO [arXiv 2507.18391]. [C]
+    H_t is that of the policy without latents. The loss raises it where A > 0, and lowers it where
+    A < 0. From IBRO [arXiv 2507.18391]. [C]
     """
     return (advantages[:, None] * entropy * mask).sum() / mask.sum()
 
@@ -567,7 +568,7 @@ def set_advantages(candidates, kept):
     n = Counter((t.group, t.reward) for t in candidates)
     k = Counter((t.group, t.reward) for t in kept)
     for t in kept:
-        t.advantage *= n[t.group, t.reward] / k[t.group, t.reward]
+        t.advantage *= n[t.group, t.reward] / k[t.group, t.reward]  # A n/k
 
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
@@ -893,7 +894,8 @@ def cue_of(prompt):
 def answer_probe(t, said, cue, tokenizer):
     """Return a trajectory whose response is `said`, the cue and the gold answer.
 
-    Only the answer counts as its own tokens, so `token_logps` scores nothing else.
+    Only the answer counts as its own tokens, so `token_logps` scores nothing else, not even what
+    would end it. So a gold answer of 1 also gets the probability of 12. [O]
     The text is tokenised as a whole, because one token may hold the end of the cue and the start of
     the answer, as "{\\" does in "\\boxed{\\frac12". So the answer begins at the first token that
     differs from those of `said` and the cue alone.
