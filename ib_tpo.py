@@ -246,7 +246,7 @@ def split_steps(token_ids, tokenizer, delimiter):
     steps, text = [[]], ""
     for token in token_ids:
         steps[-1].append(token)
-        text = (text + texts[token]).lstrip()  # or else blank lines would end an empty step
+        text = (text + texts[token]).lstrip()  # blank lines are no steps of their own
         if delimiter in text:
             steps.append([])
             text = ""
@@ -315,10 +315,10 @@ def grow(model, tokenizer, problems, config, rng):
     return roots, trajectories
 
 # ==== IB-Score: where to branch
-# s is a child of node v. s_1 ... s_n are the children that were sampled at v, one per trajectory
-# that went through v, without those that had the child in their prefix.
+# s is a child of node v. s_1 ... s_n are the children that trajectories sampled at v: one for each
+# trajectory through v, except those that had the child in their prefix.
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
-#   confidence        η₂(s) = π(s), short for π(s|v); here a geometric mean: Node      [P]
+#   confidence        η₂(s) = π(s), short for π(s|v); see `Node.confidence`            [P]
 #   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H        [P]
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
@@ -386,10 +386,10 @@ def select_nodes(root, k, sampler, config, rng):
 #   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards; A_GL = 0 if std = 0      [P]
 #   A_IB(s) = η₁(s) η₂(s)                                                          [P]
 #             the paper has π_ref in η₂; here it is the policy that sampled        [O]
-#   A(s) = A_GL(s) + λ A_IB(s): s compared with the tree, and with its parent      [P]
+#   A(s) = A_GL(s) + λ A_IB(s); A_GL compares s with the tree, A_IB with its parent  [P]
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
-# are right, A(s) is this price alone. If π(s) were the probability of s, the price would have the
+# are right, A(s) is -(λ/β) π(s). If π(s) were the probability of s, the price would have the
 # gradient of a bonus of λ/(2β) on the Gini entropy 1 - Σ_s π(s)². [O]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So where
 # r_t = 1, A_GL on the tree is GRPO on its trajectories. But these are not independent draws of the
@@ -415,7 +415,7 @@ def step_advantages(root, config):
     return {step: step_advantage(step, root, config) for step in root.walk()[1:]}
 
 # ==== Update on packed trees
-#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL, here config.kl in place of 0.001      [P]
+#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL; config.kl is this 0.001               [P]
 #          the KL is estimated by k3 = ρ - 1 - ln ρ, ρ = π_ref / π_θ                         [GRPO]
 #          mean_t is over all tokens of the G trajectories, so that a shared token counts once
 #          for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0                   [O]

@@ -213,7 +213,7 @@ class Trajectory:
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   its maps               k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
 #                          age is 0 at the last token of c, which predicts o_t*, then 1, 2, ...  [O]
-#   its strength γ         multiplies the slot's softmax weight, too; falls to 0 over the run  [O]
+#   its strength γ         also multiplies exp(logit of k_z); it falls to 0 over the run        [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
@@ -356,7 +356,7 @@ def psa_attention(module, query, key, value, attention_mask, **kwargs):
     """Return the usual attention, with the latent's slot, if there is one, before keys and values.
 
     query: [B, heads, Q, D]; key, value: [B, kv_heads, C, D]; attention_mask: bool [B, 1, Q, C], or
-    None. ln γ, added to the slot's logit, multiplies its weight by γ; -inf hides it before `born`.
+    None (causal). Adding ln γ to the slot's logit multiplies exp(logit) by γ; -inf hides the slot.
     """
     psa, i = getattr(module, "psa", (None, None))
     if psa and psa.steering:
@@ -421,25 +421,25 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   prompt term   Î(q; r) = Σ_t (h - H_t), h as explained below                       [O]
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
 #                 here right ones of highest, wrong of lowest: see select_top_n       [O]
-#   self-reward   the paper's figure adds S_IB itself to the loss                     [P]
-#                 here, as in the released code, κ mean_t(A H_t), A as under Update   [C]
-# Why Î(r; a*): given q, the policy's answer A has I(r; A) = E[ln p(A | q, r) - ln p(A | q)]. For
-# the mean we take the value at A = a*. The last logarithm is equal for all responses to a
+#   self-reward   the paper's figure puts S_IB itself into the loss                   [P]
+#                 here, as in the released code, -κ mean_t(A H_t), A as under Update  [C]
+# Why Î(r; a*): given q, the policy's answer Y has I(r; Y) = E[ln p(Y | q, r) - ln p(Y | q)]. For
+# the mean we take the value at Y = a*. The last logarithm is equal for all responses to a
 # prompt, so standardising removes it. r̄ is in r's place, because after r's own answer ln π(a*)
 # would only repeat the reward. In the tiny task the last line of r̄ is the answer, too. So there
-# Î(r; a*) nearly repeats the reward, and if that is the same mainly Î(q; r) decides.
-# Why Î(q; r): I(q; r) = E[ln π(r | q) - ln p(r)]. For -ln π(r | q) we take its mean, Σ_t H_t. For
+# Î(r; a*) nearly repeats the reward, and among equal rewards mainly Î(q; r) decides.
+# Why Î(q; r): I(q; r) = E[ln π(r | q) - ln p(r)]. For each token's -ln π we take its mean, H_t. For
 # -ln p(r), which is unknown, we take T·h, as if no token depended on another: h is the entropy of
 # the token frequencies in the batch. H_t is nearly always below h. So almost every token lowers
-# S_IB: by h if the policy was sure of it, as in repeated text, and by less if it hesitated. So long
-# and sure branches have a low S_IB, and the filter drops them if they are right, not if wrong.
-# H_t of a branch is that of the policy that sampled it, with its latent. [O]
+# S_IB: by h if the policy was sure of it, as in repeated text, and by less if it hesitated. Thus
+# long, sure branches have a low S_IB, and the filter drops them if they are right, not if wrong.
+# H_t is as recorded in sampling: in a branch from t* on, with its latent. [O]
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
     """Return Î(r; a*), [B], in nats per answer token, under the policy without latents.
 
-    r̄ is the text before the marker of its answer, or all text. [O] A probe is q, r̄, cue and a*.
+    r̄ is the text before the answer's marker, if there is one. [O] A probe is q, r̄, cue and a*.
     """
     cue = cue_of(config.prompt)
     reasoning = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄
