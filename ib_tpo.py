@@ -566,15 +566,15 @@ def set_up(config):
     run.model, run.tokenizer = load_policy(config)
     run.problems = encode(training, run.model, run.tokenizer, config)
     run.heldout = encode(heldout, run.model, run.tokenizer, config)
-    run.extra = prepare(run.model, config)  # iiblpo.py's latents, or ib_tpo.py's reference policy
-    check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
+    run.auxiliary = prepare(run.model, config)  # iiblpo.py's latents, ib_tpo.py's reference
+    check_policy(run.model, run.tokenizer, run.auxiliary, run.problems, config)
     run.optimizer = torch.optim.AdamW(
         run.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
     # Checkpoints hold what a run has learnt, latents included, but not the reference policy
-    if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra
+    if any(weight.requires_grad for weight in run.auxiliary.parameters()):
+        run.parts["auxiliary"] = run.auxiliary
     if config.resume:
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -594,7 +594,7 @@ def train(config):
         if step % config.save_every == 0:
             save_state(run.folder, run.state, run.parts)
         set_schedule(run, config)
-        metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.extra,
+        metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.auxiliary,
                                                  run.problems, config, step)
         if config.eval_every and (step + 1) % config.eval_every == 0:
             found = evaluate(model, tokenizer, run.heldout, config)
@@ -795,7 +795,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
     they were drawn with. [O] Rows are generated in several calls. Where iiblpo.py has latents,
-    steer(rows, born) returns a context in which these rows are steered from column `born` on.
+    steer(rows, first) returns a context in which these rows are steered from column `first` on.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id

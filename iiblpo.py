@@ -284,8 +284,8 @@ class PseudoSelfAttention(torch.nn.Module):
 
     As in the released code, it enters the last four layers, and its maps begin with std 0.01. [C]
     Each layer has maps of its own. The latent's slot, k_z and v_z, gets no rotary embedding.
-    Column `born` of the padded input holds the last token of c, so its state predicts o_t*. The age
-    of a column is column - born. Columns before `born` see neither slot nor shifted norms. [O]
+    z acts from column `first` of the padded input on, which holds the last token of c and predicts
+    o_t*. A column's age is column - first. Those before see neither slot nor shifted norms. [O]
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
 
@@ -314,15 +314,15 @@ class PseudoSelfAttention(torch.nn.Module):
             layer.input_layernorm.register_forward_hook(functools.partial(self.modulate, i))
 
     @contextlib.contextmanager
-    def steer(self, z, born):
-        """Let z[i] steer row i of the model's input in this block, from column born[i] on.
+    def steer(self, z, first):
+        """Let z[i] steer row i of the model's input in this block, from column first[i] on.
 
-        z: [B, Z]; born: [B], or one number for all rows. With γ = 0 nothing is steered.
+        z: [B, Z]; first: [B], or one number for all rows. With γ = 0 nothing is steered.
         """
         self.keys = self.to_key(z).view(len(z), *self.slot_shape)  # k_z
         self.values = self.to_value(z).view(len(z), *self.slot_shape)  # v_z
         self.shifts = self.to_norm(self.gamma * z).view(len(z), self.n_layers, 1, -1)  # initial w_z
-        self.born = torch.as_tensor(born, device=DEVICE).reshape(-1, 1)
+        self.first = torch.as_tensor(first, device=DEVICE).reshape(-1, 1)
         self.columns = 0  # how many columns the model has run in this block
         self.steering = self.gamma > 0
         try:
@@ -339,7 +339,7 @@ class PseudoSelfAttention(torch.nn.Module):
         """
         if self.steering:
             Q = output.shape[1]
-            self.age = torch.arange(self.columns, self.columns + Q, device=DEVICE) - self.born
+            self.age = torch.arange(self.columns, self.columns + Q, device=DEVICE) - self.first
             self.columns += Q
 
     def modulate(self, i, norm, args, output):
@@ -382,7 +382,7 @@ def latent_loss(model, latents, batch, prefix, continuation):
     """
     cvae, psa = latents
     prior, posterior = cvae.prior(prefix), cvae.posterior(prefix, continuation)
-    with psa.steer(posterior.rsample(), born_columns(batch)):
+    with psa.steer(posterior.rsample(), first_columns(batch)):
         logp, _, mask = token_logps(model, batch)
     logp = (logp * mask).sum(1)
     kl = torch.distributions.kl_divergence(posterior, prior)  # [B, Z]
@@ -410,7 +410,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     # z[i] is for branches[i]: both list all parents, then all again; the budget may not need all z.
     # `sample` calls `steer` with the indices of some branches, and the column of c's last token
     return sample(model, tokenizer, branches, config,
-                  steer=lambda rows, born: psa.steer(z[rows], born))
+                  steer=lambda rows, first: psa.steer(z[rows], first))
 
 # ==== Stage 2: information-bottleneck filter and self-reward
 # r is a whole response, r̄ is r without its answer, a* the right answer and |a*| its number of
@@ -682,15 +682,15 @@ def set_up(config):
     run.model, run.tokenizer = load_policy(config)
     run.problems = encode(training, run.model, run.tokenizer, config)
     run.heldout = encode(heldout, run.model, run.tokenizer, config)
-    run.extra = prepare(run.model, config)  # iiblpo.py's latents, or ib_tpo.py's reference policy
-    check_policy(run.model, run.tokenizer, run.extra, run.problems, config)
+    run.auxiliary = prepare(run.model, config)  # iiblpo.py's latents, ib_tpo.py's reference
+    check_policy(run.model, run.tokenizer, run.auxiliary, run.problems, config)
     run.optimizer = torch.optim.AdamW(
         run.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
     # Checkpoints hold what a run has learnt, latents included, but not the reference policy
-    if any(weight.requires_grad for weight in run.extra.parameters()):
-        run.parts["extra"] = run.extra
+    if any(weight.requires_grad for weight in run.auxiliary.parameters()):
+        run.parts["auxiliary"] = run.auxiliary
     if config.resume:
         run.state = load_state(run.folder, config, run.parts)
     else:
@@ -710,7 +710,7 @@ def train(config):
         if step % config.save_every == 0:
             save_state(run.folder, run.state, run.parts)
         set_schedule(run, config)
-        metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.extra,
+        metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.auxiliary,
                                                  run.problems, config, step)
         if config.eval_every and (step + 1) % config.eval_every == 0:
             found = evaluate(model, tokenizer, run.heldout, config)
@@ -753,8 +753,8 @@ def set_schedule(run, config):
     """Let the learning rate rise for 20 steps and then fall to 0; let γ fall from the start. [O]"""
     step = len(run.state["log"])
     run.optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / 20, 1 - run.done)
-    if run.extra:
-        psa = run.extra[1]
+    if run.auxiliary:
+        psa = run.auxiliary[1]
         psa.gamma = config.psa_gamma * (1 - run.done)
 
 def alternatives(model, tokenizer, problems, config):
@@ -802,9 +802,9 @@ def check_policy(model, tokenizer, latents, problems, config):
         z = 3 * torch.randn(len(batch), config.z_dim, device=DEVICE)
         prefixes = prefixes_to_branch(batch, short)
         branches = sample(model, tokenizer, prefixes, short,
-                          steer=lambda rows, born: psa.steer(z[rows], born))
+                          steer=lambda rows, first: psa.steer(z[rows], first))
         bare, _, mask = token_logps(model, branches)
-        with psa.steer(z, born_columns(branches)):
+        with psa.steer(z, first_columns(branches)):
             steered, _, _ = token_logps(model, branches)
         recorded = torch.cat([t.logps[t.start:] for t in branches])
         gaps["a steered batch"] = steered[mask].cpu() - recorded
@@ -847,7 +847,7 @@ def train_latents(model, tokenizer, latents, problems, config):
     return {"z_gain": (logp - (bare * mask).sum(1)).mean().item(), "latents_kl": kl.sum().item(),
             "active_dims": (kl > latents[0].free_nats).sum().item(), "latent_tokens": tokens}
 
-def born_columns(batch):
+def first_columns(batch):
     """Return the columns [B] whose states predict o_t*; in `last_states` column P + t is o_t."""
     P = max(len(t.prompt) for t in batch)
     return torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)
@@ -1099,7 +1099,7 @@ def sample(model, tokenizer, prefixes, config, greedy=False, steer=None):
 
     Tokens are drawn at temperature 1 without truncation, so that ln π_old is the log-probability
     they were drawn with. [O] Rows are generated in several calls. Where iiblpo.py has latents,
-    steer(rows, born) returns a context in which these rows are steered from column `born` on.
+    steer(rows, first) returns a context in which these rows are steered from column `first` on.
     """
     results = list(prefixes)
     eos = model.generation_config.eos_token_id
