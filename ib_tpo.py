@@ -315,15 +315,15 @@ def grow(model, tokenizer, problems, config, rng):
     return roots, trajectories
 
 # ==== IB-Score: where to branch
-# s is a child of node v. s_1 ... s_n are the children that trajectories sampled at v: one for each
-# trajectory through v, except those that had the child in their prefix.
+# s is a child of node v. s_b, b = 1 ... n, is the child that the b-th trajectory sampled at v, so a
+# child may occur several times. Trajectories that had the child in their prefix do not count.
 #   information gain  η₁(s) = p̂(a*|s) / p̂(a*|v) - (1 + 1/β)                            [P]
 #   confidence        η₂(s) = π(s), short for π(s|v); see `Node.confidence`            [P]
 #   (1) J_IB(v) = (1+β) H(s|v) - β H(s|a*,v), with Tsallis-2 (Gini) entropies H        [P]
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
-# The Gini entropy of (1) would be H(s|a*,v) = 1 - Σ_s π(s|a*,v)², from which (2) does not follow.
-# If H(s|a*,v) is a cross-entropy, (2) follows with 1 added, and β in place of 1+β: [O]
+# From (1) with the Gini entropy H(s|a*,v) = 1 - Σ_s π(s|a*,v)², (2) does not follow. With the
+# cross-entropy below, nearly (2) does, namely 1 + β/n Σ_b η₁(s_b) η₂(s_b): [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
@@ -391,14 +391,14 @@ def select_nodes(root, k, sampler, config, rng):
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
 # are right, A(s) is -(λ/β) π(s). If π(s) were the probability of s, the price would have the
 # gradient of a bonus of λ/(2β) on the Gini entropy 1 - Σ_s π(s)². [O]
-# Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So where
-# r_t = 1, A_GL on the tree is GRPO on its trajectories. But these are not independent draws of the
-# policy: which node was continued depends on how its trajectories ended. This biases p̂. [O]
+# Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So while
+# π_θ = π_old, A_GL on the tree is GRPO on its trajectories. But p̂ is biased, because nodes are not
+# continued as often as π visits them, but by their score, and so by how trajectories ended. [O]
 
 def step_advantage(node, root, config):
     """Return A(s) of the kind that config.advantage names.
 
-    `grpo` is A_GL with GRPO's std + 1e-4. `treerl` is TreeRL's advantage [arXiv 2506.11902].
+    `grpo` is A_GL with std + 1e-4. `treerl` is TreeRL's advantage [arXiv 2506.11902].
     """
     above_root = node.value - root.value
     std = math.sqrt(root.value * (1 - root.value))  # of G rewards of 0 or 1 with this mean
@@ -417,16 +417,16 @@ def step_advantages(root, config):
 # ==== Update on packed trees
 #   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL; config.kl is this 0.001               [P]
 #          the KL is estimated by k3 = ρ - 1 - ln ρ, ρ = π_ref / π_θ                         [GRPO]
-#          mean_t is over all tokens of the G trajectories, so that a shared token counts once
-#          for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0                   [O]
+#          mean_t is over all tokens of all trees' trajectories, so that a shared token counts
+#          once for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0              [O]
 # Steps that trajectories share are run once. The tree lies depth-first in one sequence. There a
 # token sees its ancestors and itself, has its trajectory's position, and weighs as the number of
-# trajectories through it. The gradient is that of G separate rows with the advantages A(s). [O]
+# trajectories through it. The gradient is that of separate rows with the advantages A(s). [O]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], the weights of the mean.
+    logp, old_logp: [B, T]; advantages: [B, T], or [B] in iiblpo.py; mask: [B, T], or weights.
     The min bounds r_t from above where A > 0, and from below where A < 0. In the latter case the
     dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
@@ -457,11 +457,11 @@ def pack_tree(root, advantages):
     """
     nodes = root.walk()
     last = {}  # node: index of its last token
-    previous = torch.arange(sum(len(node.tokens) for node in nodes)) - 1  # right inside a step
+    previous = torch.arange(sum(len(node.tokens) for node in nodes)) - 1  # true within a step
     begin = 0
     for node in nodes:
         if node.parent:
-            previous[begin] = last[node.parent]  # of its first token
+            previous[begin] = last[node.parent]  # where a step begins
         begin += len(node.tokens)
         last[node] = begin - 1
     lengths = torch.tensor([len(node.tokens) for node in nodes])
@@ -603,8 +603,8 @@ def train(config):
         save_lines(run.folder / "metrics.jsonl", log)
         tokens += metrics["tokens_sampled"]
         run.done = share_done(len(log), tokens, config)
-        seconds_per_run = (time.time() - began) / (run.done - done_before)
-        left = seconds_per_run * max(0, 1 - run.done)
+        whole = (time.time() - began) / (run.done - done_before)  # seconds of a run at this speed
+        left = whole * max(0, 1 - run.done)
         print_step(metrics, config, tokens, left)
     save_state(run.folder, run.state, run.parts)
 
@@ -861,7 +861,7 @@ def recompute_layers(model, config):
 def full_precision(head, states):
     """Return the logits of an output layer in fp32, also where the rest of the model is in bf16.
 
-    bf16 rounds a logit of 20 to steps of 0.125, so that ln π would differ between two passes [O].
+    bf16 rounds a logit of 20 to steps of 0.125, and so ln π would differ between two passes. [O]
     """
     with torch.autocast(DEVICE, enabled=False):
         return type(head).forward(head, states.float())
@@ -924,7 +924,7 @@ def add_means(sums, means, tokens):
 def total_means(sums):
     """Return the means over all trained tokens, those of other processes included.
 
-    Names that begin with "tokens" are counts, and stay sums, as the loss does.
+    Names that begin with "tokens" are counts, and stay sums. So does the loss, whose parts add up.
     """
     total = pandas.DataFrame(gather([sums])).sum().to_dict()
     for name in total:
@@ -1275,8 +1275,8 @@ def extract_answer(text):
 #   NAMED, MEASURED       the parts of each list item    name x, value (2+\frac12), unit cm
 #   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
 #   OPERATORS             `expression` calculates it     2.5
-# Each pair of READ_AS is written from=>to, and SPELLINGS makes a blank of ~: with <==>\le~, 1<=x
-# becomes 1\le x. Rows of a matrix become tuples: \begin{matrix}1&2\\3&4... -> ((1,2),(3,4))
+# READ_AS holds pairs from=>to, between blanks, so ~ stands for a blank: by <==>\le~ the sign <= is
+# read as \le. Rows of a matrix become tuples: \begin{matrix}1&2\\3&4... -> ((1,2),(3,4))
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~

@@ -119,8 +119,8 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt of a baseline; iiblpo's budget: its rollouts "
-                            "and branches sample about as many tokens, or fewer", "1..")
+    rollouts: int = setting(8, "responses per prompt of a baseline; for iiblpo a budget: initial "
+                            "and branches together sample about as many tokens", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "largest generate call, in tokens: rows x (prompt + "
                                    "tokens still to sample)", "1..")
@@ -141,7 +141,7 @@ class Config:
     keep: float = setting(0.75, "share of a prompt's right branches that is kept, and likewise "
                           "of its wrong ones (1: all)", "0..1")
     beta: float = setting(1.0, "beta: weight of the answer term in S_IB", "0..")
-    ib_rounds: int = setting(1, "how many times stages 1 and 2 are run", "1..")
+    ib_rounds: int = setting(1, "how many times responses are branched and filtered", "1..")
     kappa: float = setting(0.005, "kappa: weight of the self-reward", "0..")
     # Update
     lr: float = setting(1e-6, "learning rate of AdamW", "0..")
@@ -203,7 +203,7 @@ class Trajectory:
 #                          t* ~ Uniform(Ω)                                             [P, reported]
 #   the prefix             c = (q, o_<t*)                                              [O]
 #   a latent per branch    z_1 ... z_K ~ p_ψ(z | c)                                    [P]
-#   their training         maximises the ELBO, see `latent_loss`                       [P]
+#   training of z's maps   maximises the ELBO, see `latent_loss`                       [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
 #                          the KL is halved, and its first 8 / Z nats per dimension cost nothing,
@@ -211,14 +211,14 @@ class Trajectory:
 #   pseudo self-attention  K' = [k_z ; K],  V' = [v_z ; V]                             [P]
 #                          weights of the layers' input RMSNorms: w' = w + w_z         [P]
 #                          w_z decays over the tokens generated after t*               [P, reported]
-#   its maps               k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
+#   maps of z              k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
 #                          age is 0 at the last token of c, which predicts o_t*, then 1, 2, ...  [O]
-#   its strength γ         also multiplies exp(logit of k_z); it falls to 0 over the run        [O]
+#   strength γ of z        it scales w_z and exp(logit of k_z), and falls to 0 over the run     [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
 # Why γ falls over the run: the latents are trained once, on the starting policy, and keep steering
-# towards what it said. At constant γ some runs of the tiny task unlearnt correct arithmetic.
+# towards what that policy said. At constant γ some tiny runs unlearnt correct arithmetic.
 
 def branch_positions(entropy, mask, top_frac, generator=None):
     """Return a branching position t* for each response, [B]; entropy, mask: [B, T].
@@ -284,8 +284,8 @@ class PseudoSelfAttention(torch.nn.Module):
 
     As in the released code, it enters the last four layers, and its maps begin with std 0.01. [C]
     Each layer has maps of its own. The latent's slot, k_z and v_z, gets no rotary embedding.
-    z acts from column `first` of the padded input on, which holds the last token of c and predicts
-    o_t*. A column's age is column - first. Those before see neither slot nor shifted norms. [O]
+    Column `first` of the padded input holds the last token of c, which predicts o_t*. From there on
+    z acts, at age column - first. Columns before it see neither slot nor shifted norms. [O]
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
 
@@ -408,7 +408,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     e_c, _ = features(model, prefixes, config)
     z = cvae.sample(e_c, config.branches).flatten(0, 1)  # [K B, Z]
     # z[i] is for branches[i]: both list all parents, then all again; the budget may not need all z.
-    # `sample` calls `steer` with the indices of some branches, and the column of c's last token
+    # Each generate call of `sample` gives `steer` its branches, and the column of c's last token
     return sample(model, tokenizer, branches, config,
                   steer=lambda rows, first: psa.steer(z[rows], first))
 
@@ -420,7 +420,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   answer term   Î(r; a*) = ln π(a* | q, r̄, cue) / |a*|                              [O]
 #   prompt term   Î(q; r) = Σ_t (h - H_t), h as explained below                       [O]
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
-#                 here right ones of highest, wrong of lowest: see select_top_n       [O]
+#                 here right branches of highest, wrong ones of lowest S_IB           [O]
 #   self-reward   the paper's figure puts S_IB itself into the loss                   [P]
 #                 here, as in the released code, -κ mean_t(A H_t), A as under Update  [C]
 # Why Î(r; a*): given q, the policy's answer Y has I(r; Y) = E[ln p(Y | q, r) - ln p(Y | q)]. For
@@ -428,8 +428,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 # prompt, so standardising removes it. r̄ is in r's place, because after r's own answer ln π(a*)
 # would only repeat the reward. In the tiny task the last line of r̄ is the answer, too. So there
 # Î(r; a*) nearly repeats the reward, and among equal rewards mainly Î(q; r) decides.
-# Why Î(q; r): I(q; r) = E[ln π(r | q) - ln p(r)]. For each token's -ln π we take its mean, H_t. For
-# -ln p(r), which is unknown, we take T·h, as if no token depended on another: h is the entropy of
+# Why Î(q; r): I(q; r) = E[ln π(r | q) - ln p(r)]. For each token's ln π we take its mean, -H_t. For
+# ln p(r), which is unknown, we take -T·h, as if no token depended on another: h is the entropy of
 # the token frequencies in the batch. H_t is nearly always below h. So almost every token lowers
 # S_IB: by h if the policy was sure of it, as in repeated text, and by less if it hesitated. Thus
 # long, sure branches have a low S_IB, and the filter drops them if they are right, not if wrong.
@@ -442,7 +442,7 @@ def answer_gain(model, tokenizer, trajectories, config):
     r̄ is the text before the answer's marker, if there is one. [O] A probe is q, r̄, cue and a*.
     """
     cue = cue_of(config.prompt)
-    reasoning = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄
+    reasoning = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄, before the marker
     probes = [answer_probe(t, said, cue, tokenizer) for t, said in zip(trajectories, reasoning)]
     gains = torch.zeros(len(probes))
     for rows in micro_batches([len(t) for t in probes], config.micro_tokens):
@@ -475,7 +475,7 @@ def select_top_n(candidates, keep):
     All initial rollouts pass. Branches are ranked among those of the same prompt and reward: right
     ones by high S_IB, wrong ones by low S_IB. Of both, the share `keep` passes, rounded up. Where
     Î(r; a*) decides, a wrong one of high S_IB is a near miss, and pushing it down would do harm.
-    Where Î(q; r) decides, the wrong ones that pass are those of which the policy was sure. [O]
+    Where Î(q; r) decides, as in the tiny task, long and sure wrong ones pass: a side effect. [O]
     """
     rivals = defaultdict(list)
     for t in candidates:
@@ -507,12 +507,12 @@ def set_scores(model, tokenizer, candidates, config):
         t.score = score
 
 def explore(model, tokenizer, latents, problems, config):
-    """Run stages 1 and 2 on a batch of problems; return (all candidates, those kept).
+    """Sample, branch and filter a batch of problems; return (all candidates, those kept).
 
     The budget is the tokens of `config.rollouts` responses per prompt, each as long as the initial
-    ones on average. What these leave of it is for branches, in equal parts per round. [O]
+    ones on average. The initial ones take a part of it. Branches get the rest, a share per round.
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
-    A round branches from what the last one kept, and then filters all branches anew. [O]
+    A round branches from what the one before kept, and then filters all branches anew. [O]
     """
     candidates = sample(model, tokenizer, problems * config.initial, config)
     kept = candidates
@@ -534,14 +534,14 @@ def explore(model, tokenizer, latents, problems, config):
 #   loss       L = -mean_t min(r_t A, clip(r_t) A)                             [P]
 #                  - κ mean_t(A H_t), the self-reward                          [C]
 #              where A < 0, r_t is bounded by 3, as in verl's dual clip        [C]
-#              mean_t is over the kept responses' own tokens, in a branch those from
-#              t* on; tokens with A = 0 count, too                             [O]
+#              mean_t is over all own tokens of the kept responses (GRPO: per response
+#              first), in a branch those from t* on; tokens with A = 0 count, too     [O]
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
 # the tokens before and after it. A token that the latent made likelier has r_t < 1. Where A > 0 it
 # counts less. Where A < 0 and r_t < 1 - clip_low, the clip removes its gradient, so that what is
 # rare without z is not made rarer. Likewise, tokens with A > 0 and r_t > 1 + clip_high are not made
-# likelier. The mean reward in A counts branches, too. In the released code π_old has no z. [O]
+# likelier. In the released code π_old has no z. [O]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -559,7 +559,7 @@ def set_advantages(candidates, kept):
 
     If k of the n candidates of one prompt and reward are kept, initial rollouts included, each of
     these k counts n/k times. So the filter does not change the sum of A over the right responses,
-    nor over the wrong ones. But the loss's mean is then over fewer tokens. [O]
+    nor over the wrong ones. As the loss divides by fewer tokens, its steps are larger. [O]
     """
     rewards = torch.tensor([t.reward for t in candidates])
     groups = torch.tensor([t.group for t in candidates])
@@ -573,7 +573,7 @@ def set_advantages(candidates, kept):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp: [B, T]; advantages: [B] or [B, T]; mask: [B, T], the weights of the mean.
+    logp, old_logp: [B, T]; advantages: [B, T], or [B] in iiblpo.py; mask: [B, T], or weights.
     The min bounds r_t from above where A > 0, and from below where A < 0. In the latter case the
     dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
     """
@@ -591,8 +591,8 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 def responses_loss(model, batch, config):
     """Return L of a micro-batch and other statistics, all means over the responses' own tokens.
 
-    `sampling_gap` is |ln π - ln π_old|, and 0 in branches, which had a latent. Until
-    the batch's first optimizer step it is mere rounding, or else there is a bug.
+    `sampling_gap` is |ln π - ln π_old|; branches count as 0, because they had a latent. Before the
+    batch's first optimizer step it must be mere rounding.
     """
     logp, entropy, mask = token_logps(model, batch)  # [B, T]
     old = pad([t.logps for t in batch]).to(DEVICE)  # ln π_old, in branches given z
@@ -647,7 +647,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
     if latents and step == 0:
         metrics = train_latents(model, tokenizer, latents, shuffled, config)
 
-    # 1 to 4: sample, branch, score and filter, compare rewards
+    # 1 to 4 of this file's docstring: sample, branch, score and filter, compare rewards
     began = time.time()
     batch = shard(shuffled[:config.prompts_per_step])
     if config.method == "iiblpo":
@@ -719,8 +719,8 @@ def train(config):
         save_lines(run.folder / "metrics.jsonl", log)
         tokens += metrics["tokens_sampled"]
         run.done = share_done(len(log), tokens, config)
-        seconds_per_run = (time.time() - began) / (run.done - done_before)
-        left = seconds_per_run * max(0, 1 - run.done)
+        whole = (time.time() - began) / (run.done - done_before)  # seconds of a run at this speed
+        left = whole * max(0, 1 - run.done)
         print_step(metrics, config, tokens, left)
     save_state(run.folder, run.state, run.parts)
 
@@ -815,9 +815,9 @@ def check_policy(model, tokenizer, latents, problems, config):
 def train_latents(model, tokenizer, latents, problems, config):
     """Train prior, posterior and PSA on the policy's alternatives; return metrics.
 
-    z_gain, latents_kl and active_dims (those beyond their free nats) are of the last micro-batch,
-    whose rows are the shortest.
-    z_gain is the mean of ln π(o_>=t* | c, z) - ln π(o_>=t* | c), z ~ q_φ, in nats.
+    Of the last micro-batch, whose rows are the shortest: z_gain, the mean of ln π(o_>=t* | c, z) -
+    ln π(o_>=t* | c), z ~ q_φ, in nats; latents_kl, the KL; active_dims, how many dimensions have a
+    KL above their free nats.
     """
     # A problem gives about two pairs, so cvae_pairs / 2 problems are enough, plus one per process
     problems = shard(problems[:WORLD + config.cvae_pairs // 2])
@@ -848,7 +848,7 @@ def train_latents(model, tokenizer, latents, problems, config):
             "active_dims": (kl > latents[0].free_nats).sum().item(), "latent_tokens": tokens}
 
 def first_columns(batch):
-    """Return the columns [B] whose states predict o_t*; in `last_states` column P + t is o_t."""
+    """Return the columns [B] whose states predict o_t*; `last_states` has o_i in column P + i."""
     P = max(len(t.prompt) for t in batch)
     return torch.tensor([P + t.start - 1 for t in batch], device=DEVICE)
 
@@ -1165,7 +1165,7 @@ def recompute_layers(model, config):
 def full_precision(head, states):
     """Return the logits of an output layer in fp32, also where the rest of the model is in bf16.
 
-    bf16 rounds a logit of 20 to steps of 0.125, so that ln π would differ between two passes [O].
+    bf16 rounds a logit of 20 to steps of 0.125, and so ln π would differ between two passes. [O]
     """
     with torch.autocast(DEVICE, enabled=False):
         return type(head).forward(head, states.float())
@@ -1228,7 +1228,7 @@ def add_means(sums, means, tokens):
 def total_means(sums):
     """Return the means over all trained tokens, those of other processes included.
 
-    Names that begin with "tokens" are counts, and stay sums, as the loss does.
+    Names that begin with "tokens" are counts, and stay sums. So does the loss, whose parts add up.
     """
     total = pandas.DataFrame(gather([sums])).sum().to_dict()
     for name in total:
@@ -1579,8 +1579,8 @@ def extract_answer(text):
 #   NAMED, MEASURED       the parts of each list item    name x, value (2+\frac12), unit cm
 #   TOKEN, PRODUCT        the tokens of a value          ( 2 + \frac 1 2 )
 #   OPERATORS             `expression` calculates it     2.5
-# Each pair of READ_AS is written from=>to, and SPELLINGS makes a blank of ~: with <==>\le~, 1<=x
-# becomes 1\le x. Rows of a matrix become tuples: \begin{matrix}1&2\\3&4... -> ((1,2),(3,4))
+# READ_AS holds pairs from=>to, between blanks, so ~ stands for a blank: by <==>\le~ the sign <= is
+# read as \le. Rows of a matrix become tuples: \begin{matrix}1&2\\3&4... -> ((1,2),(3,4))
 READ_AS = dict(pair.split("=>") for pair in r"""\left=> \right=> \displaystyle=> °=> \quad=>~
     \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac sqrt=>\sqrt √=>\sqrt~ pi=>\pi π=>\pi~ ²=>^2 **=>^
     −=>- –=>- ‑=>- ×=>* ·=>* \times=>* \cdot=>* million=>*10^6 ±=>\pm~ \leq=>\le ≤=>\le~ <==>\le~
