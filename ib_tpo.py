@@ -131,7 +131,7 @@ class Config:
     advantage: Literal["gl+ib", "gl", "ib", "grpo", "treerl"] = setting(
         "gl+ib", "gl+ib: A_GL + lam A_IB; gl, ib: one of the two; grpo, treerl: those of baselines")
     lam: float = setting(0.1, "lambda: weight of A_IB", "0..")
-    lr: float = setting(1e-6, "learning rate of AdamW", "0..")
+    lr: float = setting(1e-6, "highest learning rate of AdamW; it falls to 0", "0..")
     updates_per_step: int = setting(1, "minibatches per batch, one optimizer step each; with 1, "
                                     "all ratios are 1", "1..")
     clip_low: float = setting(0.2, "lower clip: the ratio is clipped at 1 - clip_low", "0..1")
@@ -279,7 +279,7 @@ def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
 def prefix_at(node, problem):
     """Return a trajectory whose response is the steps down to a node, to be continued."""
     path = node.path()
-    # The root's path is [], and cat([]) fails, so the problem's own tensors, which are empty, lead
+    # cat([]) fails, and the root's path is [], so the problem's own empty tensors come first
     return replace(problem, response=[token for step in path for token in step.tokens],
                    logps=torch.cat([problem.logps, *[step.logps for step in path]]),
                    entropy=torch.cat([problem.entropy, *[step.entropy for step in path]]))
@@ -323,7 +323,7 @@ def grow(model, tokenizer, problems, config, rng):
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
 # From (1) with the Gini entropy H(s|a*,v) = 1 - Σ_s π(s|a*,v)², (2) does not follow. With the
-# cross-entropy below, nearly (2) does, namely 1 + β/n Σ_b η₁(s_b) η₂(s_b): [O]
+# cross-entropy below, nearly (2) follows, namely 1 + β/n Σ_b η₁(s_b) η₂(s_b): [O]
 #   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
 #             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
@@ -367,8 +367,8 @@ def select_nodes(root, k, sampler, config, rng):
         entropy  those with the token of highest H_t among their children's                    [O]
         fixed    the shallowest ones                                                           [O]
 
-    `entropy` is in place of EPTree, which branches inside a step, at the token of highest -ln π.
-    `fixed` is in place of TreePO, which branches every so many tokens. `entropy` and `fixed` first
+    The paper compares with RandTree, EPTree and TreePO. `entropy` is in place of EPTree's token of
+    highest -ln π inside a step, `fixed` in place of TreePO's every so many tokens. These two first
     take the nodes branched from least often. If there are fewer than k nodes, they are repeated.
     """
     nodes = [n for n in root.walk() if n.children]
@@ -392,8 +392,8 @@ def select_nodes(root, k, sampler, config, rng):
 # are right, A(s) is -(λ/β) π(s). If π(s) were the probability of s, the price would have the
 # gradient of a bonus of λ/(2β) on the Gini entropy 1 - Σ_s π(s)². [O]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So while
-# π_θ = π_old, A_GL on the tree is GRPO on its trajectories. But p̂ is biased, because nodes are not
-# continued as often as π visits them, but by their score, and so by how trajectories ended. [O]
+# π_θ = π_old, A_GL on the tree is GRPO on its trajectories. But p̂ is biased, because which
+# nodes are continued depends on their score, and so on how trajectories ended. [O]
 
 def step_advantage(node, root, config):
     """Return A(s) of the kind that config.advantage names.
@@ -593,7 +593,7 @@ def train(config):
         step = len(log)
         if step % config.save_every == 0:
             save_state(run.folder, run.state, run.parts)
-        set_schedule(run, config)
+        set_schedule(run, config)  # the learning rate, and in iiblpo.py γ
         metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.auxiliary,
                                                  run.problems, config, step)
         if config.eval_every and (step + 1) % config.eval_every == 0:

@@ -144,7 +144,7 @@ class Config:
     ib_rounds: int = setting(1, "how many times responses are branched and filtered", "1..")
     kappa: float = setting(0.005, "kappa: weight of the self-reward", "0..")
     # Update
-    lr: float = setting(1e-6, "learning rate of AdamW", "0..")
+    lr: float = setting(1e-6, "highest learning rate of AdamW; it falls to 0", "0..")
     updates_per_step: int = setting(1, "minibatches per batch, each with an optimizer step", "1..")
     clip_low: float = setting(0.2, "lower clip: the ratio is clipped at 1 - clip_low", "0..1")
     clip_high: float = setting(0.2, "upper clip: at 1 + clip_high (dapo: at least 0.28)", "0..2")
@@ -423,13 +423,13 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #                 here right branches of highest, wrong ones of lowest S_IB           [O]
 #   self-reward   the paper's figure puts S_IB itself into the loss                   [P]
 #                 here, as in the released code, -κ mean_t(A H_t), A as under Update  [C]
-# Why Î(r; a*): given q, the policy's answer Y has I(r; Y) = E[ln p(Y | q, r) - ln p(Y | q)]. For
-# the mean we take the value at Y = a*. The last logarithm is equal for all responses to a
+# Why Î(r; a*): given q, the policy's answer Y has I(r; Y) = E[ln p(Y | q, r) - ln p(Y | q)]. In
+# place of the mean we take the value at Y = a*. The last logarithm is equal for all responses to a
 # prompt, so standardising removes it. r̄ is in r's place, because after r's own answer ln π(a*)
 # would only repeat the reward. In the tiny task the last line of r̄ is the answer, too. So there
 # Î(r; a*) nearly repeats the reward, and among equal rewards mainly Î(q; r) decides.
-# Why Î(q; r): I(q; r) = E[ln π(r | q) - ln p(r)]. For each token's ln π we take its mean, -H_t. For
-# ln p(r), which is unknown, we take -T·h, as if no token depended on another: h is the entropy of
+# Why Î(q; r): I(q; r) = E[ln π(r | q) - ln p(r)]. Each token's ln π we replace by its mean, -H_t,
+# and ln p(r), which is unknown, by -T·h, as if no token depended on another: h is the entropy of
 # the token frequencies in the batch. H_t is nearly always below h. So almost every token lowers
 # S_IB: by h if the policy was sure of it, as in repeated text, and by less if it hesitated. Thus
 # long, sure branches have a low S_IB, and the filter drops them if they are right, not if wrong.
@@ -534,8 +534,8 @@ def explore(model, tokenizer, latents, problems, config):
 #   loss       L = -mean_t min(r_t A, clip(r_t) A)                             [P]
 #                  - κ mean_t(A H_t), the self-reward                          [C]
 #              where A < 0, r_t is bounded by 3, as in verl's dual clip        [C]
-#              mean_t is over all own tokens of the kept responses (GRPO: per response
-#              first), in a branch those from t* on; tokens with A = 0 count, too     [O]
+#              mean_t is over all own tokens of the kept responses (GRPO's paper: per
+#              response first), in a branch from t* on; tokens with A = 0 count, too  [O]
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
 # the tokens before and after it. A token that the latent made likelier has r_t < 1. Where A > 0 it
@@ -559,7 +559,7 @@ def set_advantages(candidates, kept):
 
     If k of the n candidates of one prompt and reward are kept, initial rollouts included, each of
     these k counts n/k times. So the filter does not change the sum of A over the right responses,
-    nor over the wrong ones. As the loss divides by fewer tokens, its steps are larger. [O]
+    nor over the wrong ones. As the loss divides by fewer tokens, the gradient grows. [O]
     """
     rewards = torch.tensor([t.reward for t in candidates])
     groups = torch.tensor([t.group for t in candidates])
@@ -709,7 +709,7 @@ def train(config):
         step = len(log)
         if step % config.save_every == 0:
             save_state(run.folder, run.state, run.parts)
-        set_schedule(run, config)
+        set_schedule(run, config)  # the learning rate, and in iiblpo.py γ
         metrics = {"step": step} | training_step(model, tokenizer, run.optimizer, run.auxiliary,
                                                  run.problems, config, step)
         if config.eval_every and (step + 1) % config.eval_every == 0:
