@@ -426,9 +426,9 @@ def step_advantages(root, config):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp: [B, T]; advantages: [B, T], or [B] in iiblpo.py; mask: [B, T], or weights.
-    The min bounds r_t from above where A > 0, and from below where A < 0. In the latter case the
-    dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
+    logp, old_logp: [B, T]; advantages: [B, T], or [B] in iiblpo.py; mask: [B, T], the mean's
+    tokens, or their weights. The min bounds r_t from above where A > 0, from below where A < 0, and
+    there the dual clip also bounds it by 3. [arXiv 1912.09729] Out of bounds the gradient is 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]

@@ -510,7 +510,7 @@ def explore(model, tokenizer, latents, problems, config):
     """Sample, branch and filter a batch of problems; return (all candidates, those kept).
 
     The budget is the tokens of `config.rollouts` responses per prompt, each as long as the initial
-    ones on average. The initial ones take a part of it. Branches get the rest, a share per round.
+    ones on average. The initial ones use a part; the rest is for branches, equally per round. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
     A round branches from what the one before kept, and then filters all branches anew. [O]
     """
@@ -573,9 +573,9 @@ def set_advantages(candidates, kept):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp: [B, T]; advantages: [B, T], or [B] in iiblpo.py; mask: [B, T], or weights.
-    The min bounds r_t from above where A > 0, and from below where A < 0. In the latter case the
-    dual clip also bounds it by 3. [arXiv 1912.09729] A token out of bounds has gradient 0.
+    logp, old_logp: [B, T]; advantages: [B, T], or [B] in iiblpo.py; mask: [B, T], the mean's
+    tokens, or their weights. The min bounds r_t from above where A > 0, from below where A < 0, and
+    there the dual clip also bounds it by 3. [arXiv 1912.09729] Out of bounds the gradient is 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]

@@ -2400,24 +2400,25 @@ def test_the_snippets_of_the_readme_run(folder, monkeypatch):
 
 METHODS = {"grpo": "iiblpo.py --method grpo", "iiblpo": "iiblpo.py", "ib_tpo": "ib_tpo.py",
            "entropy_reg": "iiblpo.py --method entropy_reg"}
+BASELINES = {"dapo": "iiblpo.py --method dapo --updates_per_step 2",
+             "treerl": "ib_tpo.py --sampler entropy --advantage treerl",
+             "grpo_12": "iiblpo.py --method grpo --rollouts 12",  # as many as a tree has
+             "ib_tpo_paper": "ib_tpo.py --beta 5 --lam 0.1"}
 SETTINGS = {"long": "--max_tokens 1600000", "habit0": "--habit 0", "habit0.5": "--habit 0.5",
-            "habit0.9": "--habit 0.9", "w2000": "--warm_steps 200{warm}"}
-ABLATIONS = {  # and other baselines; a tree has 12 responses, as grpo_12 has
-    "iiblpo_constant_gamma": "test_iiblpo.py constant_gamma", "ib_tpo_lambda0": "ib_tpo.py --lam 0",
-    "dapo": "iiblpo.py --method dapo --updates_per_step 2", "iiblpo_all_kept": "iiblpo.py --keep 1",
-    "iiblpo_no_latents": "iiblpo.py --branch_mode random", "ib_tpo_visits": "test_iiblpo.py visits",
-    "iiblpo_random_share": "test_iiblpo.py random_share",
+            "habit0.9": "--habit 0.9"}
+ABLATIONS = {
+    "iiblpo_all_kept": "iiblpo.py --keep 1", "iiblpo_random_share": "test_iiblpo.py random_share",
+    "iiblpo_top_n": "test_iiblpo.py top_n", "iiblpo_no_latents": "iiblpo.py --branch_mode random",
     "iiblpo_same_latent": "test_iiblpo.py same_latent",
-    "grpo_12": "iiblpo.py --method grpo --rollouts 12",
+    "iiblpo_constant_gamma": "test_iiblpo.py constant_gamma",
     "iiblpo_no_decay": "iiblpo.py --psa_halflife 1e9",
-    "treerl": "ib_tpo.py --sampler entropy --advantage treerl",
-    "iiblpo_top_n": "test_iiblpo.py top_n", "ib_tpo_independent": "ib_tpo.py --sampler independent",
-    "iiblpo_no_self_reward": "iiblpo.py --kappa 0", "ib_tpo_entropy": "ib_tpo.py --sampler entropy",
-    "ib_tpo_paper": "ib_tpo.py --beta 5 --lam 0.1", "ib_tpo_random": "ib_tpo.py --sampler random"}
-EVIDENCE = [("default", name, METHODS[name], range(8)) for name in METHODS]  # and the seeds
+    "iiblpo_no_self_reward": "iiblpo.py --kappa 0", "ib_tpo_visits": "test_iiblpo.py visits",
+    "ib_tpo_lambda0": "ib_tpo.py --lam 0", "ib_tpo_independent": "ib_tpo.py --sampler independent",
+    "ib_tpo_random": "ib_tpo.py --sampler random", "ib_tpo_entropy": "ib_tpo.py --sampler entropy"}
+EVIDENCE = [("default", *method, range(8)) for method in (METHODS | BASELINES).items()]  # and seeds
+EVIDENCE += [("default", *ablation, range(0, 8, 2)) for ablation in ABLATIONS.items()]
 EVIDENCE += [(setting, name, f"{METHODS[name]} {SETTINGS[setting]}", range(0, 8, 2))
              for setting in SETTINGS for name in METHODS]
-EVIDENCE += [("default", name, ABLATIONS[name], range(0, 8, 2)) for name in ABLATIONS]
 
 def background(script, *flags):
     return subprocess.Popen([sys.executable, HERE / script, *map(str, flags)],
@@ -2493,7 +2494,7 @@ def evidence(run):
     """Return a run's row, and do the run if it is not done; two seeds share a warm start."""
     setting, name, command, seed = run
     out = Path(f"runs/evidence/{setting}-{name}-{seed}")
-    script, *flags = command.format(warm=seed // 2).split()
+    script, *flags = command.split()
     flags = ["--warm_steps", 1000 + seed // 2, *flags, "--seed", seed, "--out", out]
     if not (out / "summary.json").exists():
         assert background(script, *flags, *["--resume"] * out.exists()).wait() == 0, out
@@ -2506,7 +2507,7 @@ def test_evidence(monkeypatch):
     """Both methods keep GRPO's pass@1 and gain in sound responses; runs are not done twice."""
     monkeypatch.chdir(HERE)
     for warm, flags in itertools.product(range(4), ["", *SETTINGS.values()]):
-        m.warm_start(config(*f"--warm_steps 100{warm} {flags}".format(warm=warm).split()))
+        m.warm_start(config("--warm_steps", 1000 + warm, *flags.split()))
     with ThreadPoolExecutor(2) as pool:
         runs = [(*variant, seed) for *variant, seeds in EVIDENCE for seed in seeds]
         table = pandas.DataFrame(pool.map(evidence, runs))
