@@ -26,10 +26,10 @@ Left out: vLLM, sharded models, rewards other than right or wrong. The paper sam
 0.7, top-p 0.95, top-k 20, up to 2k tokens, and trains on DAPO-Math-17K. Here it is temperature 1
 without truncation, so that ln π is the policy's own. Defaults: 1,024 tokens, and GSM8K. [O]
 
-Marks: [P] the paper as known from its abstract, its figures and detailed notes by others, because
-we could not read its text; [O] our own choice. Other marks name their source.
+Marks: [P] the paper's abstract and figures, and detailed notes by others on its text, which we
+could not read; [O] our own choice. Other marks name their source.
 Shapes: B rows, T tokens of a response or of a step, S tokens of a packed tree, V vocabulary,
-H width. In the section on trees, B₀, L, K, B are the numbers of `Config.tree`. Entropies and
+H width. In the section on trees, B₀, L, K, B are the numbers of `Config.tree`. H_t, an entropy, and
 log-probabilities are in nats.
 """
 import contextlib
@@ -302,7 +302,8 @@ def grow(model, tokenizer, problems, config, rng):
     """
     B0, L, K, B = config.tree
     if config.sampler == "independent":  # by default as many rollouts as a tree has
-        B0, L = config.rollouts or B0 + (L - 1) * K * B, 1
+        B0 = config.rollouts or B0 + (L - 1) * K * B
+        L = 1
     roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # B₀ rollouts branch here
     trajectories = extend_trees(model, tokenizer, roots, problems * B0, config)
     for _ in range(L - 1):
@@ -323,11 +324,11 @@ def grow(model, tokenizer, problems, config, rng):
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
 # From (1) with the Gini entropy H(s|a*,v) = 1 - Σ_s π(s|a*,v)², (2) does not follow. With the
-# cross-entropy below, nearly (2) follows, namely 1 + β/n Σ_b η₁(s_b) η₂(s_b): [O]
-#   H(s|v)    = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
-#   H(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s),            the cross-entropy
-#             = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
-#   J_IB(v)   = 1 - Σ_s π² (1 + β - β p(a*|s) / p(a*|v)) = 1 + β Σ_s π η₁ η₂ ≈ 1 + β/n Σ_b η₁ η₂
+# cross-entropy H× in its place, nearly (2) follows, namely 1 + β/n Σ_b η₁(s_b) η₂(s_b): [O]
+#   H(s|v)     = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
+#   H×(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s)
+#              = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
+#   J_IB(v)    = 1 - Σ_s π² (1 + β - β p(a*|s) / p(a*|v)) = 1 + β Σ_s π η₁ η₂ ≈ 1 + β/n Σ_b η₁ η₂
 # This ranks nodes as (2) does. In the code π(s) is a geometric mean, so this only motivates (2).
 # How to read the score: as long as no node below v was branched from, p̂(a*|v) is the mean of
 # p̂(a*|s_b). Then the mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So it is
@@ -341,11 +342,8 @@ def information_gain(node, beta):
 
 def drawn_children(node, beta):
     """Return η₁(s_b) and η₂(s_b), two lists [n] with `drawn` entries per child."""
-    gain, confidence = [], []
-    for s in node.children:
-        gain += s.drawn * [information_gain(s, beta)]
-        confidence += s.drawn * [s.confidence]
-    return gain, confidence
+    children = [s for s in node.children for _ in range(s.drawn)]  # s_1 ... s_n
+    return [information_gain(s, beta) for s in children], [s.confidence for s in children]
 
 def ib_score(node, beta):
     """Return J_IB of a node with children."""
@@ -367,9 +365,9 @@ def select_nodes(root, k, sampler, config, rng):
         entropy  those with the token of highest H_t among their children's                    [O]
         fixed    the shallowest ones                                                           [O]
 
-    The paper compares with RandTree, EPTree and TreePO. `entropy` is in place of EPTree's token of
-    highest -ln π inside a step, `fixed` in place of TreePO's every so many tokens. These two first
-    take the nodes branched from least often. If there are fewer than k nodes, they are repeated.
+    The paper compares with RandTree, EPTree and TreePO. EPTree branches at the token of highest
+    -ln π, inside a step, TreePO after every so many tokens; `entropy` and `fixed` stand for these,
+    and first take the nodes branched from least often. Fewer than k nodes are repeated.
     """
     nodes = [n for n in root.walk() if n.children]
     if sampler == "ib":
@@ -389,11 +387,11 @@ def select_nodes(root, k, sampler, config, rng):
 #   A(s) = A_GL(s) + λ A_IB(s); A_GL compares s with the tree, A_IB with its parent  [P]
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
-# are right, A(s) is -(λ/β) π(s). If π(s) were the probability of s, the price would have the
-# gradient of a bonus of λ/(2β) on the Gini entropy 1 - Σ_s π(s)². [O]
+# are right, A(s) is -(λ/β) π(s). If π(s) were the probability of s, and without branches, the price
+# would act as a bonus of λ/(2β) on the Gini entropy 1 - Σ_s π(s)². [O]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So while
-# π_θ = π_old, A_GL on the tree is GRPO on its trajectories. But p̂ is biased, because which
-# nodes are continued depends on their score, and so on how trajectories ended. [O]
+# π_θ = π_old, A_GL on the tree is GRPO on its trajectories. But p̂ and the visits are biased,
+# because how trajectories ended decides, by the score, which nodes are continued. [O]
 
 def step_advantage(node, root, config):
     """Return A(s) of the kind that config.advantage names.
@@ -415,7 +413,7 @@ def step_advantages(root, config):
     return {step: step_advantage(step, root, config) for step in root.walk()[1:]}
 
 # ==== Update on packed trees
-#   loss = -mean_t min(r_t A, clip(r_t) A) + 0.001 KL; config.kl is this 0.001               [P]
+#   loss = -mean_t min(r_t A, clip(r_t) A) + kl · KL, with kl = 0.001                        [P]
 #          the KL is estimated by k3 = ρ - 1 - ln ρ, ρ = π_ref / π_θ                         [GRPO]
 #          mean_t is over all tokens of all trees' trajectories, so that a shared token counts
 #          once for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0              [O]
@@ -426,8 +424,8 @@ def step_advantages(root, config):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp: [B, T]; advantages: [B, T], or [B] in iiblpo.py; mask: [B, T], the mean's
-    tokens, or their weights. The min bounds r_t from above where A > 0, from below where A < 0, and
+    logp, old_logp: [B, T]; advantages: [B, T], or [B] if responses have one; mask: [B, T], the
+    mean's tokens, or weights. The min bounds r_t from above where A > 0, from below where A < 0;
     there the dual clip also bounds it by 3. [arXiv 1912.09729] Out of bounds the gradient is 0.
     """
     if advantages.ndim == 1:
@@ -453,7 +451,7 @@ def pack_tree(root, advantages):
     If a prompt q has the children a and b, and a has the child c, each of one token, then
         q a c b     is the sequence: depth first
         - 0 1 0     is `previous`, so that q sees q; a sees q a; c sees q a c; b sees q b
-        0 1 2 1     are the positions
+        0 1 2 1     are the positions that `tree_logps` gives them
     """
     nodes = root.walk()
     last = {}  # node: index of its last token
@@ -543,8 +541,8 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
 
     # 4 and 5: advantages of the steps, and the update
     grown = time.time()
-    stats = update_on_trees(model, optimizer, list(roots.values()), config, reference)
-    stats |= {"rollout_s": grown - began, "update_s": time.time() - grown}
+    metrics = update_on_trees(model, optimizer, list(roots.values()), config, reference)
+    metrics |= {"rollout_s": grown - began, "update_s": time.time() - grown}
 
     # Log. The sampler chose the prefixes of a tree's trajectories, so their mean reward does not
     # measure the policy: compare samplers by evaluations
@@ -553,8 +551,8 @@ def training_step(model, tokenizer, optimizer, reference, problems, config, step
     nodes = [node for root in roots.values() for node in root.walk() if node.children]
     scores = gather([ib_score(node, config.beta) for node in nodes])
     covs = gather([ib_covariance(node, config.beta) for node in nodes if len(node.children) > 1])
-    stats |= {"ib_score": sum(scores) / len(scores), "cov": sum(covs) / max(1, len(covs))}
-    return rollout_metrics(trajectories) | stats
+    metrics |= {"ib_score": sum(scores) / len(scores), "cov": sum(covs) / max(1, len(covs))}
+    return rollout_metrics(trajectories) | metrics
 
 # ==== The run, the same in both scripts
 
@@ -572,7 +570,7 @@ def set_up(config):
         run.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
-    # Checkpoints hold what a run has learnt, latents included, but not the reference policy
+    # Checkpoints hold what a run has learnt, latents included, not ib_tpo.py's frozen reference
     if any(weight.requires_grad for weight in run.auxiliary.parameters()):
         run.parts["auxiliary"] = run.auxiliary
     if config.resume:

@@ -28,10 +28,10 @@ Read as far as The run, and look up what stands after it, such as `sample` or DE
 Left out: vLLM, sharded models, rewards other than right or wrong. README.md lists our choices.
 
 Marks: [P] the paper's abstract, figures and tables; [P, reported] the paper's text as others report
-it, because we could not read the text itself; [C] the released code; [O] our own choice. Other
-marks name their source.
+it, because we could not read it; [C] the released code, github.com/denghuilin-cyber/IIB-LPO at
+commit 9d21779; [O] our own choice. Other marks name their source.
 Shapes: B rows, T response tokens, P longest prompt of a batch, V vocabulary, H width of the model,
-D width of a head, Z latent dimensions, Q queries, C keys. Entropies, H_t and H(...), are in nats.
+D width of a head, Z latent dimensions, Q queries, C keys. H_t, with an index, is entropy in nats.
 """
 import contextlib
 import functools
@@ -129,7 +129,7 @@ class Config:
     branches: int = setting(3, "K: branches per rollout", "1..")
     branch_mode: Literal["psa", "random"] = setting(
         "psa", "psa: each branch has its latent; random: branches differ by chance alone")
-    top_frac: float = setting(0.05, "rho: t* is drawn from this top share of tokens by H_t", "0..1")
+    top_frac: float = setting(0.05, "rho: t* is among this share of tokens of top H_t", "0..1")
     psa_layers: int = setting(4, "how many of the last layers see the latent", "1..")
     psa_gamma: float = setting(1.0, "gamma: strength of the latents at first; it falls to 0 over "
                                "the run", "0..")
@@ -334,8 +334,8 @@ class PseudoSelfAttention(torch.nn.Module):
         """Set the ages, [B, Q] or [1, Q], of the Q columns that a forward pass is about to run.
 
         `generate` runs all columns of the prompts in one pass, and then one column per pass. This
-        hook is the first that a pass calls. It counts the columns itself, because how transformers
-        passes their positions on differs between its releases.
+        hook is the first that a pass calls. It counts the columns itself, because releases of
+        transformers pass positions differently.
         """
         if self.steering:
             Q = output.shape[1]
@@ -407,8 +407,8 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
     cvae, psa = latents
     e_c, _ = features(model, prefixes, config)
     z = cvae.sample(e_c, config.branches).flatten(0, 1)  # [K B, Z]
-    # z[i] is for branches[i]: both list all parents, then all again; the budget may not need all z.
-    # Each generate call of `sample` gives `steer` its branches, and the column of c's last token
+    # z[i] is for branches[i]: both list all parents K times. The budget may leave some z unused.
+    # Each generate call of `sample` gives `steer` its rows, and the column of c's last token
     return sample(model, tokenizer, branches, config,
                   steer=lambda rows, first: psa.steer(z[rows], first))
 
@@ -422,13 +422,13 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 #   filter        of a rollout's K branches those N of highest S_IB stay              [P]
 #                 here right branches of highest, wrong ones of lowest S_IB           [O]
 #   self-reward   the paper's figure puts S_IB itself into the loss                   [P]
-#                 here, as in the released code, -κ mean_t(A H_t), A as under Update  [C]
+#                 here the loss has -κ mean_t(A H_t), with A as under Update        [C]
 # Why Î(r; a*): given q, the policy's answer Y has I(r; Y) = E[ln p(Y | q, r) - ln p(Y | q)]. In
 # place of the mean we take the value at Y = a*. The last logarithm is equal for all responses to a
 # prompt, so standardising removes it. r̄ is in r's place, because after r's own answer ln π(a*)
 # would only repeat the reward. In the tiny task the last line of r̄ is the answer, too. So there
 # Î(r; a*) nearly repeats the reward, and among equal rewards mainly Î(q; r) decides.
-# Why Î(q; r): I(q; r) = E[ln π(r | q) - ln p(r)]. Each token's ln π we replace by its mean, -H_t,
+# Why Î(q; r): I(q; r) = E[ln π(r | q) - ln p(r)]. We replace each token's ln π by its mean, -H_t,
 # and ln p(r), which is unknown, by -T·h, as if no token depended on another: h is the entropy of
 # the token frequencies in the batch. H_t is nearly always below h. So almost every token lowers
 # S_IB: by h if the policy was sure of it, as in repeated text, and by less if it hesitated. Thus
@@ -464,7 +464,7 @@ def prompt_information(entropy, mask, h):
 def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
     """Return S_IB [B] of responses; gain: Î(r; a*) [B], groups: [B], entropy, mask: [B, T].
 
-    `group_advantages` standardises each term per prompt, so at beta = 1 both weigh the same. [O]
+    `group_advantages`, below, standardises a term per prompt: at beta 1 both weigh the same. [O]
     """
     information = prompt_information(entropy, mask, h)
     return beta * group_advantages(gain, groups) - group_advantages(information, groups)  # S_IB
@@ -483,7 +483,7 @@ def select_top_n(candidates, keep):
             rivals[t.group, t.reward].append(t)
     dropped = set()
     for (_, reward), branches in rivals.items():
-        branches.sort(key=lambda t: t.score, reverse=bool(reward))
+        branches.sort(key=lambda t: -t.score if reward else t.score)
         passing = math.ceil(keep * len(branches) - 1e-9)  # 1e-9 is for rounding errors
         dropped.update(branches[passing:])
     return [t for t in candidates if t not in dropped]
@@ -512,7 +512,7 @@ def explore(model, tokenizer, latents, problems, config):
     The budget is the tokens of `config.rollouts` responses per prompt, each as long as the initial
     ones on average. The initial ones use a part; the rest is for branches, equally per round. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
-    A round branches from what the one before kept, and then filters all branches anew. [O]
+    Each branches from what is kept, then filters all branches again, dropped ones, too. [O]
     """
     candidates = sample(model, tokenizer, problems * config.initial, config)
     kept = candidates
@@ -534,14 +534,14 @@ def explore(model, tokenizer, latents, problems, config):
 #   loss       L = -mean_t min(r_t A, clip(r_t) A)                             [P]
 #                  - κ mean_t(A H_t), the self-reward                          [C]
 #              where A < 0, r_t is bounded by 3, as in verl's dual clip        [C]
-#              mean_t is over all own tokens of the kept responses (GRPO's paper: per
-#              response first), in a branch from t* on; tokens with A = 0 count, too  [O]
+#              mean_t is over all own tokens of the kept responses, a branch's from t* on,
+#              even if A = 0; GRPO's paper takes the mean of each response first      [O]
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
 # the tokens before and after it. A token that the latent made likelier has r_t < 1. Where A > 0 it
 # counts less. Where A < 0 and r_t < 1 - clip_low, the clip removes its gradient, so that what is
 # rare without z is not made rarer. Likewise, tokens with A > 0 and r_t > 1 + clip_high are not made
-# likelier. In the released code π_old has no z. [O]
+# likelier. [O] In the released code π_old has no z. [C]
 
 def group_advantages(rewards, groups, eps=1e-4):
     """Return (R - mean) / (std + eps) over the responses to the same prompt; all: [B]. [GRPO]
@@ -573,8 +573,8 @@ def set_advantages(candidates, kept):
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
 
-    logp, old_logp: [B, T]; advantages: [B, T], or [B] in iiblpo.py; mask: [B, T], the mean's
-    tokens, or their weights. The min bounds r_t from above where A > 0, from below where A < 0, and
+    logp, old_logp: [B, T]; advantages: [B, T], or [B] if responses have one; mask: [B, T], the
+    mean's tokens, or weights. The min bounds r_t from above where A > 0, from below where A < 0;
     there the dual clip also bounds it by 3. [arXiv 1912.09729] Out of bounds the gradient is 0.
     """
     if advantages.ndim == 1:
@@ -688,7 +688,7 @@ def set_up(config):
         run.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0,
         fused=DEVICE == "cuda")  # a fused step makes no copies of the weights
     run.parts = {"model": run.model, "optimizer": run.optimizer}
-    # Checkpoints hold what a run has learnt, latents included, but not the reference policy
+    # Checkpoints hold what a run has learnt, latents included, not ib_tpo.py's frozen reference
     if any(weight.requires_grad for weight in run.auxiliary.parameters()):
         run.parts["auxiliary"] = run.auxiliary
     if config.resume:
@@ -894,8 +894,8 @@ def cue_of(prompt):
 def answer_probe(t, said, cue, tokenizer):
     """Return a trajectory whose response is `said`, the cue and the gold answer.
 
-    Only the answer counts as its own tokens, so `token_logps` scores nothing else, not even what
-    would end it. So a gold answer of 1 also gets the probability of 12. [O]
+    Only the answer counts as its own tokens, so `token_logps` scores nothing else, not even its
+    end. So a gold answer of 1 also gets the probability of 12. [O]
     The text is tokenised as a whole, because one token may hold the end of the cue and the start of
     the answer, as "{\\" does in "\\boxed{\\frac12". So the answer begins at the first token that
     differs from those of `said` and the cue alone.
