@@ -954,12 +954,12 @@ def show(config):
         print("latents:", train_latents(model, tokenizer, latents, problems, config))
     problem = heldout[config.seed % len(heldout)]
     candidates, kept = explore(model, tokenizer, latents, [problem], config)
-    print(f"{problem.question}  answer {problem.gold}; ▸ is t*")
+    print(f"{problem.question}  answer {problem.gold}; ▸ is t* or a rollout's start, H its H_t")
     for t in candidates:
         fate = "kept" if t in kept else "dropped"
-        print(f"\nreward {t.reward:.0f}, S_IB {t.score:+.2f}, {fate}:")
+        print(f"\nreward {t.reward:.0f}, S_IB {t.score:+.2f}, {fate}, H {t.entropy[t.start]:.2f}:")
         prefix, own = tokenizer.decode(t.response[:t.start]), tokenizer.decode(t.response[t.start:])
-        print(f"{prefix}▸{own}" if t.is_branch else own)
+        print(f"{prefix}▸{own}")
     return candidates
 
 # The paper is reported to look for attention heads that react to a prompt's difficulty, which is
