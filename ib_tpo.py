@@ -20,7 +20,7 @@ The sections, in order:
     The reference policy; log-probabilities of packed trees; the self-check; --show
     Supporting code, repeated word for word in iiblpo.py: sampling, the policy, problems, the tiny
     task, the verifier, evaluation, files
-Read as far as The run, and look up what stands after it, such as `sample` or DEVICE, when needed.
+Read all before The run, and look up the rest, such as `sample` or DEVICE, when needed.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. The paper samples at temperature
 0.7, top-p 0.95, top-k 20, up to 2k tokens, and trains on DAPO-Math-17K. Here it is temperature 1
@@ -324,7 +324,7 @@ def grow(model, tokenizer, problems, config, rng):
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
 # From (1) with the Gini entropy H(s|a*,v) = 1 - Σ_s π(s|a*,v)², (2) does not follow. With the
-# cross-entropy H× in its place, nearly (2) follows, namely 1 + β/n Σ_b η₁(s_b) η₂(s_b): [O]
+# cross term H× in its place, nearly (2) follows, namely 1 + β/n Σ_b η₁(s_b) η₂(s_b): [O]
 #   H(s|v)     = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H×(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s)
 #              = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
@@ -340,19 +340,19 @@ def information_gain(node, beta):
     ratio = node.value / node.parent.value if node.parent.value > 0 else 1.0
     return ratio - (1 + 1 / beta)  # η₁
 
-def drawn_children(node, beta):
+def etas(node, beta):
     """Return η₁(s_b) and η₂(s_b), two lists [n] with `drawn` entries per child."""
     children = [s for s in node.children for _ in range(s.drawn)]  # s_1 ... s_n
     return [information_gain(s, beta) for s in children], [s.confidence for s in children]
 
 def ib_score(node, beta):
     """Return J_IB of a node with children."""
-    gain, confidence = drawn_children(node, beta)
+    gain, confidence = etas(node, beta)
     return (1 + beta) / len(gain) * sum(map(operator.mul, gain, confidence))  # J_IB
 
 def ib_covariance(node, beta):
     """Return Cov(η₁, η₂) over s_b. In the paper it falls to zero in GRPO's runs. [P]"""
-    gain, confidence = drawn_children(node, beta)
+    gain, confidence = etas(node, beta)
     n = len(gain)
     product = sum(map(operator.mul, gain, confidence)) / n
     return product - sum(gain) / n * sum(confidence) / n  # Cov
@@ -367,7 +367,7 @@ def select_nodes(root, k, sampler, config, rng):
 
     The paper compares with RandTree, EPTree and TreePO. EPTree branches at the token of highest
     -ln π, inside a step, TreePO after every so many tokens; `entropy` and `fixed` stand for these,
-    and first take the nodes branched from least often. Fewer than k nodes are repeated.
+    and first take the nodes branched from least often. If fewer than k, nodes are repeated.
     """
     nodes = [n for n in root.walk() if n.children]
     if sampler == "ib":
@@ -384,14 +384,14 @@ def select_nodes(root, k, sampler, config, rng):
 #   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards; A_GL = 0 if std = 0      [P]
 #   A_IB(s) = η₁(s) η₂(s)                                                          [P]
 #             the paper has π_ref in η₂; here it is the policy that sampled        [O]
-#   A(s) = A_GL(s) + λ A_IB(s); A_GL compares s with the tree, A_IB with its parent  [P]
+#   A(s) = A_GL(s) + λ A_IB(s): global, s against the tree; local, s against parent  [P]
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
 # are right, A(s) is -(λ/β) π(s). If π(s) were the probability of s, and without branches, the price
 # would act as a bonus of λ/(2β) on the Gini entropy 1 - Σ_s π(s)². [O]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So while
 # π_θ = π_old, A_GL on the tree is GRPO on its trajectories. But p̂ and the visits are biased,
-# because how trajectories ended decides, by the score, which nodes are continued. [O]
+# because the score picks the nodes to continue by how trajectories ended. [O]
 
 def step_advantage(node, root, config):
     """Return A(s) of the kind that config.advantage names.
@@ -418,26 +418,25 @@ def step_advantages(root, config):
 #          mean_t is over all tokens of all trees' trajectories, so that a shared token counts
 #          once for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0              [O]
 # Steps that trajectories share are run once. The tree lies depth-first in one sequence. There a
-# token sees its ancestors and itself, has its trajectory's position, and weighs as the number of
-# trajectories through it. The gradient is that of separate rows with the advantages A(s). [O]
+# token sees its ancestors and itself, and has its position in its trajectories, and their number
+# as its weight. The gradient is that of separate rows with the advantages A(s). [O]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
+    """Return -mean_t min(min(r_t, 3) A, clip(r_t) A), the mean ratio, and the share clipped.
 
-    logp, old_logp: [B, T]; advantages: [B, T], or [B] if responses have one; mask: [B, T], the
-    mean's tokens, or weights. The min bounds r_t from above where A > 0, from below where A < 0;
+    logp, old_logp: [B, T]; advantages: [B, T], or [B] if responses have one; mask: [B, T], tokens
+    to average, or weights. The outer min bounds r_t from above where A > 0, from below where A < 0;
     there the dual clip also bounds it by 3. [arXiv 1912.09729] Out of bounds the gradient is 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
-    lowest = torch.where(advantages > 0, 0.0, 1 - config.clip_low)
-    highest = torch.where(advantages > 0, 1 + config.clip_high, 3.0)
-    bounded = ratio.clamp(lowest, highest)
-    clipped = (bounded != ratio) & (advantages != 0)
+    clip = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    terms = torch.min(ratio.clamp(max=3) * advantages, clip * advantages)
+    clipped = terms != ratio * advantages
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (clipped * mask).sum() / tokens}
-    return -(bounded * advantages * mask).sum() / tokens, stats
+    return -(terms * mask).sum() / tokens, stats
 
 def pack_tree(root, advantages):
     """Pack a tree into one sequence of S tokens: the prompt, then every step exactly once.

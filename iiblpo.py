@@ -23,7 +23,7 @@ The sections, in order:
     The latents' training; log-probabilities; the baselines; --show and --probe_heads
     Supporting code, repeated word for word in ib_tpo.py: sampling, the policy, problems, the tiny
     task, the verifier, evaluation, files
-Read as far as The run, and look up what stands after it, such as `sample` or DEVICE, when needed.
+Read all before The run, and look up the rest, such as `sample` or DEVICE, when needed.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. README.md lists our choices.
 
@@ -120,7 +120,7 @@ class Config:
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
     rollouts: int = setting(8, "responses per prompt of a baseline; for iiblpo a budget: initial "
-                            "and branches together sample about as many tokens", "1..")
+                            "and branches together sample at most about as much", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "largest generate call, in tokens: rows x (prompt + "
                                    "tokens still to sample)", "1..")
@@ -213,7 +213,7 @@ class Trajectory:
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   maps of z              k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
 #                          age is 0 at the last token of c, which predicts o_t*, then 1, 2, ...  [O]
-#   strength γ of z        it scales w_z and exp(logit of k_z), and falls to 0 over the run     [O]
+#   strength γ of z        it scales w_z and k_z's term in the softmax, falling to 0 in a run   [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
@@ -284,8 +284,8 @@ class PseudoSelfAttention(torch.nn.Module):
 
     As in the released code, it enters the last four layers, and its maps begin with std 0.01. [C]
     Each layer has maps of its own. The latent's slot, k_z and v_z, gets no rotary embedding.
-    Column `first` of the padded input holds the last token of c, which predicts o_t*. From there on
-    z acts, at age column - first. Columns before it see neither slot nor shifted norms. [O]
+    Column `first` of the padded input holds the last token of c, which predicts o_t*. z acts
+    from there on; its age is column - first. Earlier columns see no slot and no shifted norm. [O]
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
 
@@ -433,7 +433,7 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 # the token frequencies in the batch. H_t is nearly always below h. So almost every token lowers
 # S_IB: by h if the policy was sure of it, as in repeated text, and by less if it hesitated. Thus
 # long, sure branches have a low S_IB, and the filter drops them if they are right, not if wrong.
-# H_t is as recorded in sampling: in a branch from t* on, with its latent. [O]
+# H_t is as recorded in sampling, where the tokens of a branch from t* on had its latent. [O]
 
 @torch.no_grad()
 def answer_gain(model, tokenizer, trajectories, config):
@@ -571,22 +571,21 @@ def set_advantages(candidates, kept):
         t.advantage *= n[t.group, t.reward] / k[t.group, t.reward]  # A n/k
 
 def policy_loss(logp, old_logp, advantages, mask, config):
-    """Return -mean_t min(r_t A, clip(r_t) A), and statistics: the mean ratio, the share clipped.
+    """Return -mean_t min(min(r_t, 3) A, clip(r_t) A), the mean ratio, and the share clipped.
 
-    logp, old_logp: [B, T]; advantages: [B, T], or [B] if responses have one; mask: [B, T], the
-    mean's tokens, or weights. The min bounds r_t from above where A > 0, from below where A < 0;
+    logp, old_logp: [B, T]; advantages: [B, T], or [B] if responses have one; mask: [B, T], tokens
+    to average, or weights. The outer min bounds r_t from above where A > 0, from below where A < 0;
     there the dual clip also bounds it by 3. [arXiv 1912.09729] Out of bounds the gradient is 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     ratio = (logp - old_logp).clamp(max=20).exp()  # r_t; exp(89) would make a NaN gradient
-    lowest = torch.where(advantages > 0, 0.0, 1 - config.clip_low)
-    highest = torch.where(advantages > 0, 1 + config.clip_high, 3.0)
-    bounded = ratio.clamp(lowest, highest)
-    clipped = (bounded != ratio) & (advantages != 0)
+    clip = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    terms = torch.min(ratio.clamp(max=3) * advantages, clip * advantages)
+    clipped = terms != ratio * advantages
     tokens = mask.sum()
     stats = {"ratio": (ratio * mask).sum() / tokens, "clipped": (clipped * mask).sum() / tokens}
-    return -(bounded * advantages * mask).sum() / tokens, stats
+    return -(terms * mask).sum() / tokens, stats
 
 def responses_loss(model, batch, config):
     """Return L of a micro-batch and other statistics, all means over the responses' own tokens.

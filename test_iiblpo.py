@@ -47,8 +47,8 @@ import iiblpo as m
 HERE = Path(__file__).parent
 KINDS = ["Qwen2", "Qwen3", "Llama"]
 # The most lines of files and methods; aimed at are 1,400, 1,150, 2,400 and 260, and 430 and 340
-CEILINGS = {"iiblpo.py": 1996, "ib_tpo.py": 1688, "test_iiblpo.py": 2690, "README.md": 260}
-METHOD_CEILINGS = {"iiblpo.py": 475, "ib_tpo.py": 374}
+CEILINGS = {"iiblpo.py": 1995, "ib_tpo.py": 1687, "test_iiblpo.py": 2690, "README.md": 260}
+METHOD_CEILINGS = {"iiblpo.py": 474, "ib_tpo.py": 367}
 each = pytest.mark.parametrize
 SCRIPTS = ("iiblpo.py", "ib_tpo.py")
 benchmark = pytest.mark.benchmark
