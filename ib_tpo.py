@@ -29,8 +29,8 @@ without truncation, so that ln π is the policy's own. Defaults: 1,024 tokens, a
 Marks: [P] the paper's abstract and figures, and detailed notes by others on its text, which we
 could not read; [O] our own choice. Other marks name their source.
 Shapes: B rows, T tokens of a response or of a step, S tokens of a packed tree, V vocabulary,
-H width. In the section on trees, B₀, L, K, B are the numbers of `Config.tree`. H_t, an entropy, and
-log-probabilities are in nats.
+H width. In the section on trees, B₀, L, K, B are the numbers of `Config.tree`. Log-probabilities
+and the entropy H_t are in nats.
 """
 import contextlib
 import copy
@@ -169,7 +169,7 @@ class Config:
 
 @dataclass(eq=False)  # compared and hashed by identity, not by content
 class Trajectory:
-    """A problem and a response to it, which is empty as long as nothing was sampled."""
+    """A problem and a response to it, which is empty until something is sampled."""
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
@@ -246,11 +246,11 @@ def split_steps(token_ids, tokenizer, delimiter):
     steps, text = [[]], ""
     for token in token_ids:
         steps[-1].append(token)
-        text = (text + texts[token]).lstrip()  # blank lines are no steps of their own
+        text = (text + texts[token]).lstrip()  # leading blank lines end no step
         if delimiter in text:
             steps.append([])
             text = ""
-    return [step for step in steps if step]  # nothing may follow the last delimiter
+    return [step for step in steps if step]  # a final delimiter leaves an empty one
 
 def insert(root, steps, step_logps, reward, step_entropy=None, start=0):
     """Add a trajectory to its tree; return its leaf.
@@ -304,7 +304,7 @@ def grow(model, tokenizer, problems, config, rng):
     if config.sampler == "independent":  # by default as many rollouts as a tree has
         B0 = config.rollouts or B0 + (L - 1) * K * B
         L = 1
-    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # B₀ rollouts branch here
+    roots = {t.group: Node(t.prompt, branched=1) for t in problems}  # by the B₀ rollouts
     trajectories = extend_trees(model, tokenizer, roots, problems * B0, config)
     for _ in range(L - 1):
         prefixes = []
@@ -324,12 +324,12 @@ def grow(model, tokenizer, problems, config, rng):
 #               = H(s|v) + β (H(s|v) - H(s|a*,v)): diversity, and β times what s tells of a*
 #   (2) J_IB(v) ≈ (1+β)/n Σ_b η₁(s_b) η₂(s_b)                                          [P]
 # From (1) with the Gini entropy H(s|a*,v) = 1 - Σ_s π(s|a*,v)², (2) does not follow. With the
-# cross term H× in its place, nearly (2) follows, namely 1 + β/n Σ_b η₁(s_b) η₂(s_b): [O]
+# cross term H× in its place, J_IB ≈ 1 + β/n Σ_b η₁(s_b) η₂(s_b), which ranks nodes as (2) does: [O]
 #   H(s|v)     = 1 - Σ_s π(s)²,                     the mean of 1 - π(s) over s ~ π(s|v)
 #   H×(s|a*,v) = 1 - Σ_s π(s|a*,v) π(s)
 #              = 1 - Σ_s π(s)² p(a*|s) / p(a*|v),   by Bayes
 #   J_IB(v)    = 1 - Σ_s π² (1 + β - β p(a*|s) / p(a*|v)) = 1 + β Σ_s π η₁ η₂ ≈ 1 + β/n Σ_b η₁ η₂
-# This ranks nodes as (2) does. In the code π(s) is a geometric mean, so this only motivates (2).
+# In the code π(s) is a geometric mean, so this only motivates (2).
 # How to read the score: as long as no node below v was branched from, p̂(a*|v) is the mean of
 # p̂(a*|s_b). Then the mean η₁ is -1/β, and J_IB(v) = (1+β) (Cov(η₁, η₂) - mean η₂ / β). So it is
 # high where the confident children are better than the others. It is also high where confidence is
@@ -362,12 +362,12 @@ def select_nodes(root, k, sampler, config, rng):
 
         ib       those of highest J_IB                                                         [P]
         random   any, as RandTree does                                                         [P]
-        entropy  those with the token of highest H_t among their children's                    [O]
+        entropy  those whose children have the token of highest H_t                            [O]
         fixed    the shallowest ones                                                           [O]
 
     The paper compares with RandTree, EPTree and TreePO. EPTree branches at the token of highest
-    -ln π, inside a step, TreePO after every so many tokens; `entropy` and `fixed` stand for these,
-    and first take the nodes branched from least often. If fewer than k, nodes are repeated.
+    -ln π, inside a step, TreePO after every so many tokens. `entropy` and `fixed` stand for these;
+    they prefer the nodes branched from least often. In a tree of fewer than k nodes, nodes repeat.
     """
     nodes = [n for n in root.walk() if n.children]
     if sampler == "ib":
@@ -389,7 +389,7 @@ def select_nodes(root, k, sampler, config, rng):
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
 # are right, A(s) is -(λ/β) π(s). If π(s) were the probability of s, and without branches, the price
 # would act as a bonus of λ/(2β) on the Gini entropy 1 - Σ_s π(s)². [O]
-# Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So while
+# Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So at
 # π_θ = π_old, A_GL on the tree is GRPO on its trajectories. But p̂ and the visits are biased,
 # because the score picks the nodes to continue by how trajectories ended. [O]
 
@@ -418,15 +418,15 @@ def step_advantages(root, config):
 #          mean_t is over all tokens of all trees' trajectories, so that a shared token counts
 #          once for each of them; r_t = π_θ / π_old is bounded by 3 where A < 0              [O]
 # Steps that trajectories share are run once. The tree lies depth-first in one sequence. There a
-# token sees its ancestors and itself, and has its position in its trajectories, and their number
-# as its weight. The gradient is that of separate rows with the advantages A(s). [O]
+# token sees its ancestors and itself. Its position is that in its trajectories, and its weight is
+# their number. The gradient is that of separate rows with the advantages A(s). [O]
 
 def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(min(r_t, 3) A, clip(r_t) A), the mean ratio, and the share clipped.
 
     logp, old_logp: [B, T]; advantages: [B, T], or [B] if responses have one; mask: [B, T], tokens
-    to average, or weights. The outer min bounds r_t from above where A > 0, from below where A < 0;
-    there the dual clip also bounds it by 3. [arXiv 1912.09729] Out of bounds the gradient is 0.
+    to average, or weights. If A > 0, the clip bounds r_t from above. If A < 0, it bounds r_t from
+    below, and 3 does from above, the dual clip [arXiv 1912.09729]. Beyond, the gradient is 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -454,7 +454,7 @@ def pack_tree(root, advantages):
     """
     nodes = root.walk()
     last = {}  # node: index of its last token
-    previous = torch.arange(sum(len(node.tokens) for node in nodes)) - 1  # true within a step
+    previous = torch.arange(sum(len(node.tokens) for node in nodes)) - 1  # right within a step
     begin = 0
     for node in nodes:
         if node.parent:

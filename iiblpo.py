@@ -119,8 +119,8 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt of a baseline; for iiblpo a budget: initial "
-                            "and branches together sample at most about as much", "1..")
+    rollouts: int = setting(8, "responses per prompt of a baseline; for iiblpo their tokens are "
+                            "the budget of initial responses and branches", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "largest generate call, in tokens: rows x (prompt + "
                                    "tokens still to sample)", "1..")
@@ -177,7 +177,7 @@ class Config:
 
 @dataclass(eq=False)  # compared and hashed by identity, not by content
 class Trajectory:
-    """A problem and a response to it, which is empty as long as nothing was sampled."""
+    """A problem and a response to it, which is empty until something is sampled."""
     prompt: list[int]
     question: str = ""
     gold: str = ""  # its right answer
@@ -203,7 +203,7 @@ class Trajectory:
 #                          t* ~ Uniform(Ω)                                             [P, reported]
 #   the prefix             c = (q, o_<t*)                                              [O]
 #   a latent per branch    z_1 ... z_K ~ p_ψ(z | c)                                    [P]
-#   training of z's maps   maximises the ELBO, see `latent_loss`                       [P]
+#   training of all this   maximises the ELBO, see `latent_loss`                       [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
 #                          the KL is halved, and its first 8 / Z nats per dimension cost nothing,
@@ -213,7 +213,7 @@ class Trajectory:
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   maps of z              k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
 #                          age is 0 at the last token of c, which predicts o_t*, then 1, 2, ...  [O]
-#   strength γ of z        it scales w_z and k_z's term in the softmax, falling to 0 in a run   [O]
+#   strength γ of z        it scales w_z and exp(k_z's logit), and falls to 0 over the run      [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
@@ -284,7 +284,7 @@ class PseudoSelfAttention(torch.nn.Module):
 
     As in the released code, it enters the last four layers, and its maps begin with std 0.01. [C]
     Each layer has maps of its own. The latent's slot, k_z and v_z, gets no rotary embedding.
-    Column `first` of the padded input holds the last token of c, which predicts o_t*. z acts
+    `steer` gets `first`, the column of the last token of c, which predicts o_t*. The latent acts
     from there on; its age is column - first. Earlier columns see no slot and no shifted norm. [O]
     The hooks stay on `model`, but do nothing outside a `with psa.steer(...)` block.
     """
@@ -334,8 +334,8 @@ class PseudoSelfAttention(torch.nn.Module):
         """Set the ages, [B, Q] or [1, Q], of the Q columns that a forward pass is about to run.
 
         `generate` runs all columns of the prompts in one pass, and then one column per pass. This
-        hook is the first that a pass calls. It counts the columns itself, because releases of
-        transformers pass positions differently.
+        hook is the first that a pass calls. It counts the columns itself, because how
+        positions are passed depends on the release of transformers.
         """
         if self.steering:
             Q = output.shape[1]
@@ -464,7 +464,7 @@ def prompt_information(entropy, mask, h):
 def trajectory_ib_score(gain, entropy, mask, groups, beta, h):
     """Return S_IB [B] of responses; gain: Î(r; a*) [B], groups: [B], entropy, mask: [B, T].
 
-    `group_advantages`, below, standardises a term per prompt: at beta 1 both weigh the same. [O]
+    Both terms are standardised per prompt, as rewards are, so at beta 1 they weigh the same. [O]
     """
     information = prompt_information(entropy, mask, h)
     return beta * group_advantages(gain, groups) - group_advantages(information, groups)  # S_IB
@@ -512,7 +512,7 @@ def explore(model, tokenizer, latents, problems, config):
     The budget is the tokens of `config.rollouts` responses per prompt, each as long as the initial
     ones on average. The initial ones use a part; the rest is for branches, equally per round. [O]
     We could not find out what "iterative" means in the paper. Here there are `ib_rounds` rounds.
-    Each branches from what is kept, then filters all branches again, dropped ones, too. [O]
+    A round branches from what is kept, then filters all branches anew, dropped ones, too. [O]
     """
     candidates = sample(model, tokenizer, problems * config.initial, config)
     kept = candidates
@@ -574,8 +574,8 @@ def policy_loss(logp, old_logp, advantages, mask, config):
     """Return -mean_t min(min(r_t, 3) A, clip(r_t) A), the mean ratio, and the share clipped.
 
     logp, old_logp: [B, T]; advantages: [B, T], or [B] if responses have one; mask: [B, T], tokens
-    to average, or weights. The outer min bounds r_t from above where A > 0, from below where A < 0;
-    there the dual clip also bounds it by 3. [arXiv 1912.09729] Out of bounds the gradient is 0.
+    to average, or weights. If A > 0, the clip bounds r_t from above. If A < 0, it bounds r_t from
+    below, and 3 does from above, the dual clip [arXiv 1912.09729]. Beyond, the gradient is 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -654,7 +654,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
         set_advantages(candidates, kept)
     elif config.method == "dapo":
         candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
-        set_advantages(candidates, candidates)  # n/k stays 1: nothing is reweighted
+        set_advantages(candidates, candidates)  # not kept, so that n/k is 1
     else:
         candidates = kept = roll_out(model, tokenizer, batch, config)
         set_advantages(candidates, kept)
