@@ -20,14 +20,14 @@ The sections, in order:
     The reference policy; log-probabilities of packed trees; the self-check; --show
     Supporting code, repeated word for word in iiblpo.py: sampling, the policy, problems, the tiny
     task, the verifier, evaluation, files
-Read all before The run, and look up the rest, such as `sample` or DEVICE, when needed.
+Read as far as "The run", and look up the rest, such as `sample` or DEVICE, when needed.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. The paper samples at temperature
 0.7, top-p 0.95, top-k 20, up to 2k tokens, and trains on DAPO-Math-17K. Here it is temperature 1
 without truncation, so that ln π is the policy's own. Defaults: 1,024 tokens, and GSM8K. [O]
 
-Marks: [P] the paper's abstract and figures, and detailed notes by others on its text, which we
-could not read; [O] our own choice. Other marks name their source.
+Marks: [P] the paper's abstract and figures, and others' detailed notes on its text, because we
+could not read that; [O] our own choice. Other marks name their source.
 Shapes: B rows, T tokens of a response or of a step, S tokens of a packed tree, V vocabulary,
 H width. In the section on trees, B₀, L, K, B are the numbers of `Config.tree`. Log-probabilities
 and the entropy H_t are in nats.
@@ -239,7 +239,7 @@ def split_steps(token_ids, tokenizer, delimiter):
     """Return the steps s_1 ... s_n of a response, lists of tokens.
 
     A step ends with the token that completes a delimiter, in the paper "\\n\\n". [P] What follows
-    the last delimiter is the last step. Further blank lines belong to the next step. [O]
+    the last delimiter is the last step. More blank lines begin the next step. [O]
     In the tiny task, where the delimiter is "\\n", "3+8\\n1\\n#1" -> "3+8\\n", "1\\n", "#1".
     """
     texts = {token: tokenizer.decode(token, skip_special_tokens=True) for token in set(token_ids)}
@@ -362,12 +362,12 @@ def select_nodes(root, k, sampler, config, rng):
 
         ib       those of highest J_IB                                                         [P]
         random   any, as RandTree does                                                         [P]
-        entropy  those whose children have the token of highest H_t                            [O]
-        fixed    the shallowest ones                                                           [O]
+        entropy  least often branched from, then with the token of highest H_t in a child      [O]
+        fixed    least often branched from, then shallowest                                    [O]
 
     The paper compares with RandTree, EPTree and TreePO. EPTree branches at the token of highest
-    -ln π, inside a step, TreePO after every so many tokens. `entropy` and `fixed` stand for these;
-    they prefer the nodes branched from least often. In a tree of fewer than k nodes, nodes repeat.
+    -ln π, inside a step, TreePO after every so many tokens. `entropy` and `fixed` stand for these.
+    In a tree of fewer than k nodes, nodes repeat.
     """
     nodes = [n for n in root.walk() if n.children]
     if sampler == "ib":
@@ -387,8 +387,8 @@ def select_nodes(root, k, sampler, config, rng):
 #   A(s) = A_GL(s) + λ A_IB(s): global, s against the tree; local, s against parent  [P]
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
-# are right, A(s) is -(λ/β) π(s). If π(s) were the probability of s, and without branches, the price
-# would act as a bonus of λ/(2β) on the Gini entropy 1 - Σ_s π(s)². [O]
+# are right, A(s) is -(λ/β) π(s). Were π(s) the probability of s, the price would, in a tree
+# without branches, act as a bonus of λ/(2β) on the Gini entropy 1 - Σ_s π(s)². [O]
 # Summed over the trajectories through s, GRPO's (R - mean)/std is visits x A_GL(s). So at
 # π_θ = π_old, A_GL on the tree is GRPO on its trajectories. But p̂ and the visits are biased,
 # because the score picks the nodes to continue by how trajectories ended. [O]
@@ -426,7 +426,7 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 
     logp, old_logp: [B, T]; advantages: [B, T], or [B] if responses have one; mask: [B, T], tokens
     to average, or weights. If A > 0, the clip bounds r_t from above. If A < 0, it bounds r_t from
-    below, and 3 does from above, the dual clip [arXiv 1912.09729]. Beyond, the gradient is 0.
+    below, and the dual clip, 3, from above [arXiv 1912.09729]. Beyond, the gradient is 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]

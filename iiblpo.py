@@ -23,7 +23,7 @@ The sections, in order:
     The latents' training; log-probabilities; the baselines; --show and --probe_heads
     Supporting code, repeated word for word in ib_tpo.py: sampling, the policy, problems, the tiny
     task, the verifier, evaluation, files
-Read all before The run, and look up the rest, such as `sample` or DEVICE, when needed.
+Read as far as "The run", and look up the rest, such as `sample` or DEVICE, when needed.
 
 Left out: vLLM, sharded models, rewards other than right or wrong. README.md lists our choices.
 
@@ -119,8 +119,8 @@ class Config:
     warm_steps: int = setting(1000, "tiny: supervised steps before reinforcement learning", "1..")
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
-    rollouts: int = setting(8, "responses per prompt of a baseline; for iiblpo their tokens are "
-                            "the budget of initial responses and branches", "1..")
+    rollouts: int = setting(8, "responses per prompt of a baseline; iiblpo's rollouts and "
+                            "branches together get as many tokens", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "largest generate call, in tokens: rows x (prompt + "
                                    "tokens still to sample)", "1..")
@@ -203,7 +203,7 @@ class Trajectory:
 #                          t* ~ Uniform(Ω)                                             [P, reported]
 #   the prefix             c = (q, o_<t*)                                              [O]
 #   a latent per branch    z_1 ... z_K ~ p_ψ(z | c)                                    [P]
-#   training of all this   maximises the ELBO, see `latent_loss`                       [P]
+#   training of ψ, φ, W    maximises the ELBO, see `latent_loss`                       [P]
 #                          ln π(o_>=t* | c, z) - KL(q_φ || p_ψ),  z ~ q_φ(z | c, o_>=t*)
 #                          the decoder π is the frozen policy, steered by z            [O]
 #                          the KL is halved, and its first 8 / Z nats per dimension cost nothing,
@@ -213,7 +213,7 @@ class Trajectory:
 #                          w_z decays over the tokens generated after t*               [P, reported]
 #   maps of z              k_z = W_K z,  v_z = W_V z,  w_z = γ 2^(-age/half-life) W_N z          [O]
 #                          age is 0 at the last token of c, which predicts o_t*, then 1, 2, ...  [O]
-#   strength γ of z        it scales w_z and exp(k_z's logit), and falls to 0 over the run      [O]
+#   strength γ of z        it scales w_z and exp(q·k_z / √D), and falls to 0 over the run       [O]
 # The released code takes the position of highest H_t for t*. In that code and in the paper's figure
 # a branch begins after o_t*. Here it begins before o_t*, so that the uncertain token is drawn anew.
 # The released code samples with top-p 0.9, whereas we do not truncate. [O]
@@ -223,8 +223,8 @@ class Trajectory:
 def branch_positions(entropy, mask, top_frac, generator=None):
     """Return a branching position t* for each response, [B]; entropy, mask: [B, T].
 
-    t* is drawn from Ω. The first position is left out, because a branch from there would be one
-    more rollout. Of the n others, Ω holds the max(1, floor(ρ n)) of highest entropy. At ρ = 0.05
+    t* is drawn from Ω. The first position is left out, because a branch from there would share
+    no token. Of the n others, Ω holds the max(1, floor(ρ n)) of highest entropy. At ρ = 0.05
     and n < 40, as in the tiny task with up to 6 digits, Ω is one position. t* may be where EOS is,
     as in the released code. A response of one token has t* = 0.
     """
@@ -429,10 +429,10 @@ def branch(model, tokenizer, latents, parents, config, budget=math.inf):
 # would only repeat the reward. In the tiny task the last line of r̄ is the answer, too. So there
 # Î(r; a*) nearly repeats the reward, and among equal rewards mainly Î(q; r) decides.
 # Why Î(q; r): I(q; r) = E[ln π(r | q) - ln p(r)]. We replace each token's ln π by its mean, -H_t,
-# and ln p(r), which is unknown, by -T·h, as if no token depended on another: h is the entropy of
-# the token frequencies in the batch. H_t is nearly always below h. So almost every token lowers
-# S_IB: by h if the policy was sure of it, as in repeated text, and by less if it hesitated. Thus
-# long, sure branches have a low S_IB, and the filter drops them if they are right, not if wrong.
+# and the unknown p(r) by the product of its tokens' frequencies in the batch, whose ln is -T·h in
+# the mean: h is the entropy of these frequencies. H_t is nearly always below h. So almost every
+# token lowers S_IB: by h if the policy was sure, as in repeated text, by less if it hesitated.
+# So long, sure branches have a low S_IB, and the filter drops them if right, not if wrong.
 # H_t is as recorded in sampling, where the tokens of a branch from t* on had its latent. [O]
 
 @torch.no_grad()
@@ -442,7 +442,7 @@ def answer_gain(model, tokenizer, trajectories, config):
     r̄ is the text before the answer's marker, if there is one. [O] A probe is q, r̄, cue and a*.
     """
     cue = cue_of(config.prompt)
-    reasoning = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄, before the marker
+    reasoning = [t.text[:find_answer(t.text)[1]] for t in trajectories]  # r̄, up to the marker [1]
     probes = [answer_probe(t, said, cue, tokenizer) for t, said in zip(trajectories, reasoning)]
     gains = torch.zeros(len(probes))
     for rows in micro_batches([len(t) for t in probes], config.micro_tokens):
@@ -534,8 +534,8 @@ def explore(model, tokenizer, latents, problems, config):
 #   loss       L = -mean_t min(r_t A, clip(r_t) A)                             [P]
 #                  - κ mean_t(A H_t), the self-reward                          [C]
 #              where A < 0, r_t is bounded by 3, as in verl's dual clip        [C]
-#              mean_t is over all own tokens of the kept responses, a branch's from t* on,
-#              even if A = 0; GRPO's paper takes the mean of each response first      [O]
+#              mean_t is over all own tokens of the kept responses (A = 0, too), a branch's
+#              from t* on; GRPO's paper takes the mean of each response first         [O]
 # The ratio's numerator is the bare policy, which has no latent. Its denominator is the policy that
 # sampled, steered by z. So r_t is an importance weight. It corrects for this token only, not for
 # the tokens before and after it. A token that the latent made likelier has r_t < 1. Where A > 0 it
@@ -558,8 +558,8 @@ def set_advantages(candidates, kept):
     """Write advantages, relative to all candidates of a prompt, into the trajectories.
 
     If k of the n candidates of one prompt and reward are kept, initial rollouts included, each of
-    these k counts n/k times. So the filter does not change the sum of A over the right responses,
-    nor over the wrong ones. As the loss divides by fewer tokens, the gradient grows. [O]
+    these k counts n/k times. So the filter keeps the sum of A over right responses, and over
+    wrong ones, though not over their tokens. With fewer of these, the gradient grows. [O]
     """
     rewards = torch.tensor([t.reward for t in candidates])
     groups = torch.tensor([t.group for t in candidates])
@@ -575,7 +575,7 @@ def policy_loss(logp, old_logp, advantages, mask, config):
 
     logp, old_logp: [B, T]; advantages: [B, T], or [B] if responses have one; mask: [B, T], tokens
     to average, or weights. If A > 0, the clip bounds r_t from above. If A < 0, it bounds r_t from
-    below, and 3 does from above, the dual clip [arXiv 1912.09729]. Beyond, the gradient is 0.
+    below, and the dual clip, 3, from above [arXiv 1912.09729]. Beyond, the gradient is 0.
     """
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -654,7 +654,7 @@ def training_step(model, tokenizer, optimizer, latents, problems, config, step):
         set_advantages(candidates, kept)
     elif config.method == "dapo":
         candidates, kept = dapo_rollouts(model, tokenizer, shuffled, config)
-        set_advantages(candidates, candidates)  # not kept, so that n/k is 1
+        set_advantages(candidates, candidates)  # no n/k for what it drops
     else:
         candidates = kept = roll_out(model, tokenizer, batch, config)
         set_advantages(candidates, kept)
