@@ -380,11 +380,11 @@ def select_nodes(root, k, sampler, config, rng):
         rng.shuffle(nodes)
     return (nodes * k)[:k]
 
-# ==== Step-level advantages
+# ==== Step-level advantages, global and local (GL)
 #   A_GL(s) = (p̂(a*|s) - p̂(a*|q)) / std of the G rewards; A_GL = 0 if std = 0      [P]
 #   A_IB(s) = η₁(s) η₂(s)                                                          [P]
 #             the paper has π_ref in η₂; here it is the policy that sampled        [O]
-#   A(s) = A_GL(s) + λ A_IB(s): global, s against the tree; local, s against parent  [P]
+#   A(s) = A_GL(s) + λ A_IB(s); A_GL compares s with the tree, A_IB with its parent  [P]
 # λ A_IB = λ (p̂(a*|s) / p̂(a*|parent) - 1) π(s) - (λ/β) π(s): a reward for steps that raise p̂, and
 # a price on confidence, λ/β, which is 0.02 at the paper's λ = 0.1 and β = 5. If all or no responses
 # are right, A(s) is -(λ/β) π(s). Were π(s) the probability of s, the price would, in a tree

@@ -120,7 +120,7 @@ class Config:
     # Rollouts
     prompts_per_step: int = setting(16, "prompts per step", "1..")
     rollouts: int = setting(8, "responses per prompt of a baseline; iiblpo's rollouts and "
-                            "branches together get as many tokens", "1..")
+                            "branches together get at most as many tokens", "1..")
     max_new_tokens: int = setting(1024, "tokens of the longest response", "1..")
     generate_tokens: int = setting(131072, "largest generate call, in tokens: rows x (prompt + "
                                    "tokens still to sample)", "1..")

@@ -435,7 +435,7 @@ def slow_tokens(model, psa, t, z=None):
     c, layers = model.config, model.model.layers
     ids = tensor(t.prompt + t.response)
     n, D, KV = len(ids), c.head_dim, c.num_key_value_heads
-    born = len(t.prompt) + t.start - 1  # the column whose state predicts o_t*
+    first = len(t.prompt) + t.start - 1  # the column whose state predicts o_t*
     L = psa.to_norm.out_features // c.hidden_size  # how many layers see the latent
     theta = c.rope_parameters["rope_theta"]
     angle = torch.arange(n)[:, None] / theta ** (torch.arange(0, D, 2) / D)
@@ -454,15 +454,15 @@ def slow_tokens(model, psa, t, z=None):
             change = psa.gamma * (psa.to_norm.weight @ z).view(L, -1)[l]
         for i in range(n):
             w = layer.input_layernorm.weight
-            if sees and i >= born:
-                w = w + change * 0.5 ** ((i - born) / psa.halflife)
+            if sees and i >= first:
+                w = w + change * 0.5 ** ((i - first) / psa.halflife)
             h.append(w * x[i] / (x[i].pow(2).mean() + c.rms_norm_eps).sqrt())
         q, k, v = (p(torch.stack(h)).view(n, -1, D) for p in (a.q_proj, a.k_proj, a.v_proj))
         for i, j in itertools.product(range(n), range(c.num_attention_heads)):
             g = j * KV // c.num_attention_heads
             keys, values = rotate(k[:, g])[:i + 1], v[:i + 1, g]
             weights = (rotate(q[:, j])[i] @ keys.T / D ** 0.5).exp()
-            if sees and i >= born:
+            if sees and i >= first:
                 weight = psa.gamma * (rotate(q[:, j])[i] @ key[g].T / D ** 0.5).exp()
                 weights, values = torch.cat([weight, weights]), torch.cat([value[g], values])
             out.append(weights @ values / weights.sum())
@@ -524,13 +524,13 @@ def test_outside_steer_and_with_gamma_0_the_model_is_bit_for_bit_the_bare_one():
 def test_a_prefix_is_untouched_by_its_branches_latents():
     model, _, (_, psa) = steered()
     t = m.Trajectory([5, 12, 6], response=[3, 4, 12, 5, 6, 7], start=3)
-    ids, logits, born = tensor([t.prompt + t.response]), [], 3 + 3 - 1
+    ids, logits, first = tensor([t.prompt + t.response]), [], 3 + 3 - 1
     for z in torch.randn(2, 1, 4):
         with steer(psa, [t], z):
             logits.append(model(ids).logits[0])
-    a, b = logits
-    assert torch.equal(a[:born], b[:born]) and (a - model(ids).logits[0])[:born].abs().max() < 1e-5
-    assert (a - b)[born:].abs().amax(-1).min() > 1e-3
+    a, b, bare = *logits, model(ids).logits[0]
+    assert torch.equal(a[:first], b[:first]) and (a - bare)[:first].abs().max() < 1e-5
+    assert (a - b)[first:].abs().amax(-1).min() > 1e-3
 
 def test_sampling_follows_the_policy():
     """Tokens are drawn from the softmax of the raw logits, at temperature 1."""
@@ -604,7 +604,7 @@ def test_the_latents_loss_is_the_elbo_of_the_steered_policy(monkeypatch):
     cvae.posterior_net[-1].weight.data *= 25
     batch, seen, real = begun(model, c), [], psa.steer
     prefixes, continuations = [], []
-    monkeypatch.setattr(psa, "steer", lambda z, born: seen.append(z) or real(z, born))
+    monkeypatch.setattr(psa, "steer", lambda z, first: seen.append(z) or real(z, first))
     seed(1)
     e = m.features(model, batch, c)
     loss, logps, fast_kl = m.latent_loss(model, (cvae, psa), batch, *e)
@@ -2445,8 +2445,8 @@ def steer_the_update_too(set_attribute=setattr):
         P = max(len(t.prompt) for t in batch)
         z = torch.stack([torch.zeros_like(known[0]) if z is None else z for z in latents])
         never = 10 ** 9
-        born = [never if z is None else P + t.start - 1 for t, z in zip(batch, latents)]
-        with noted["psa"].steer(z, tensor(born)):
+        first = [never if z is None else P + t.start - 1 for t, z in zip(batch, latents)]
+        with noted["psa"].steer(z, tensor(first)):
             return token_logps(model, batch)
 
     set_attribute(m, "sample", sample_and_note)
